@@ -116,6 +116,11 @@ class _MetaSpace:
     views = 'reshape permute_dims broadcast_to expand_dims squeeze flip astype moveaxis'.split()
     matmul = staticmethod(_matmul)
     __name__ = 'meta'
+    @staticmethod
+    def zeros(shape, dtype=None): return Meta(shape, dtype)
+    ones = zeros
+    @staticmethod
+    def zeros_like(a): return Meta(a.shape, a.dtype)
     def __getattr__(self, name):
         f = getattr(np, name)
         if   name in self.reductions: rule = _reduction

@@ -76,9 +76,12 @@ def _import_torch():
 @dataclass
 class Checked:
     "The greatest differences that a check has seen, relative to the size of each array"
-    value:float = 0.;  grad:float = 0.;  grad2:float = 0. # beside torch, float64
-    fd:float = 0.;     fd2:float = 0. # beside finite differences
-    def worst(self, **kw): vars(self).update({k:max(getattr(self,k), v) for k,v in kw.items()})
+    value:float = None # beside torch; `None` where nothing was compared
+    grad:float = None
+    grad2:float = None
+    fd:float = None # beside finite differences
+    fd2:float = None
+    def worst(self, **kw): vars(self).update({k:max(getattr(self,k) or 0., v) for k,v in kw.items() if v is not None})
 
 # %% ../nbs/04_testing.ipynb #c014
 def _derivatives(f, arrays, v, us):
