@@ -15,7 +15,8 @@ import numpy as np
 # %% ../nbs/01_draw.ipynb #c006
 palette = '#177aec', '#de4812', '#148e51', '#b351d4', '#a37409', '#11899b'
 _grey = '#7d7d7d' # ink of an image file, which cannot know its page
-_dashes = '', '7 3', '2 3', '9 3 2 3', '12 4', '4 2'
+_dashes = '', '7 3', '3 3', '9 3 2 3', '14 4', '5 2 2 2 2 2'
+def _dash(i): return _dashes[(i+i//len(palette))%len(_dashes)] # 36 lines before one is met again
 
 # %% ../nbs/01_draw.ipynb #c009
 _char = 7.2 # width of a letter, in pixels; the text is 12 pixels high
@@ -68,12 +69,13 @@ def _ticks(lo, hi, n=6):
     step = p*next(m for m in (1,2,5,10) if m*p >= .99*(hi-lo)/n)
     return step*np.arange(math.ceil(lo/step-1e-6), math.floor(hi/step+1e-6)+1)
 
+# %% ../nbs/01_draw.ipynb #c016
 def _tick_labels(ts):
     step = min(np.diff(ts), default=1.)
     plain = 1e-5<step and abs(ts).max()<1e6
     return [(f'{t+0.:.{max(0, -math.floor(math.log10(step)+1e-6))}f}' if plain else f'{t:.4g}').replace('-','−') for t in ts]
 
-# %% ../nbs/01_draw.ipynb #c018
+# %% ../nbs/01_draw.ipynb #c019
 _Line = namedtuple('_Line', 'name x y color dash width', defaults=('',1.8)) # a lone point is drawn as a dot
 
 def _thin(x, y, n=600): # at most 2n points: the extremes of n stretches
@@ -81,6 +83,7 @@ def _thin(x, y, n=600): # at most 2n points: the extremes of n stretches
     i = np.unique([s[f(y[s])] for s in np.array_split(np.arange(len(x)), n) for f in (np.argmin, np.argmax)])
     return x[i],y[i]
 
+# %% ../nbs/01_draw.ipynb #c020
 def _limits(v):
     v = np.concatenate([np.asarray(o, float).ravel() for o in v])
     v = v[np.isfinite(v)]
@@ -88,6 +91,7 @@ def _limits(v):
     pad = 0 if hi-lo > 1e-9*max(abs(lo),abs(hi)) else abs(lo)/10 or 1
     return lo-pad, hi+pad
 
+# %% ../nbs/01_draw.ipynb #c021
 def _plot(lines, xlim, ylim, xlabel, ylabel, logy, alt, w=600, h=280): # ylim in the units of the axis: log10 if logy
     x0,x1,y0,y1 = *xlim, *ylim
     if not logy: yt = _ticks(y0, y1); ylab = _tick_labels(yt)
@@ -124,7 +128,7 @@ def _plot(lines, xlim, ylim, xlabel, ylabel, logy, alt, w=600, h=280): # ylim in
     if ylabel: body.append(_text(ylabel, 0, 0, transform=f'translate(9,{_px((top+bottom)/2)}) rotate(-90)'))
     return SVG(key+body, w, bottom+(42 if xlabel else 24), alt)
 
-# %% ../nbs/01_draw.ipynb #c021
+# %% ../nbs/01_draw.ipynb #c024
 def draw_lines(
     series:dict,     # name to numbers (n,), which are drawn at 0, 1, 2…, or to pairs (n,2) of x and y
     xlabel:str='',   # written below
@@ -140,18 +144,18 @@ def draw_lines(
         x,y = s.T if s.ndim==2 else (np.arange(len(s)), s)
         if logy: y = np.log10(np.where(y>0, y, np.nan))
         x = np.where(np.isfinite(y), x, np.nan)
-        lines.append(_Line(str(name), x, y, palette[i%len(palette)], _dashes[i%len(_dashes)]))
+        lines.append(_Line(str(name), x, y, palette[i%len(palette)], _dash(i)))
     if not any((np.isfinite(l.x) & np.isfinite(l.y)).any() for l in lines): raise ValueError(f'draw_lines: no {"positive " if logy else ""}finite number in {", ".join(map(str,series))}')
     (x0,x1),(y0,y1) = (_limits([getattr(l,k) for l in lines]) for k in 'xy')
     return _plot(lines, (x0,x1), (y0-.04*(y1-y0), y1+.04*(y1-y0)), xlabel, ylabel, logy, f'lines: {", ".join(map(str,series))}')
 
-# %% ../nbs/01_draw.ipynb #c027
+# %% ../nbs/01_draw.ipynb #c030
 def _eval(f, x, name):
     with np.errstate(all='ignore'): y = np.asarray(f(x), float)
     if y.shape not in ((), x.shape): raise ValueError(f'draw_curve: {name} maps shape {x.shape} to {y.shape}, wanted the same shape')
     return np.broadcast_to(y, x.shape)
 
-# %% ../nbs/01_draw.ipynb #c028
+# %% ../nbs/01_draw.ipynb #c031
 def draw_curve(
     f,                      # a function of an array (n,) to an array (n,), or a list of (label, function)
     lo:float,               # left end
@@ -167,7 +171,7 @@ def draw_curve(
     if at is not None and not lo<=at<=hi: raise ValueError(f'draw_curve: tangent at {at}, wanted between {lo} and {hi}')
     fs,x = [(label,f)] if callable(f) else list(f), np.linspace(lo, hi, n)
     if not fs: raise ValueError('draw_curve: got no function, wanted at least one')
-    lines = [_Line(name, x, _eval(g, x, name or 'f'), palette[i%len(palette)], _dashes[i%len(_dashes)], 2.2) for i,(name,g) in enumerate(fs)]
+    lines = [_Line(name, x, _eval(g, x, name or 'f'), palette[i%len(palette)], _dash(i), 2.2) for i,(name,g) in enumerate(fs)]
     if not any(np.isfinite(l.y).any() for l in lines): raise ValueError(f'draw_curve: no finite value from {lo} to {hi}')
     y0,y1 = _limits([l.y for l in lines])
     y0,y1 = y0-.06*(y1-y0), y1+.06*(y1-y0)
@@ -182,7 +186,7 @@ def draw_curve(
         lines += [_Line(f'{name or "f"}({_num(at)}) = {_num(b)}, slope {_num(s)}', t, b+s*(t-at), color, '', 1.3), _Line(None, [at], [b], color)]
     return _plot(lines, (lo,hi), (y0,y1), '', '', False, f'curve: {", ".join(str(l.name or "f") for l in lines if l.width>2)}')
 
-# %% ../nbs/01_draw.ipynb #c036
+# %% ../nbs/01_draw.ipynb #c039
 def _walk(y):
     "All nodes below `y`, inputs before users"
     seen,order,path = {id(y)},[],[(y,iter(y.inputs or ()))]
@@ -196,16 +200,15 @@ def _walk(y):
         else: order.append(path.pop()[0])
     return order
 
-# %% ../nbs/01_draw.ipynb #c038
-def _layers(inputs): # inputs[v]: numbers of v's inputs, all smaller than v
-    "The layer of each node: the longest path to it from a leaf"
-    layer,first = [],{}
-    for us in inputs: layer.append(1+max((layer[u] for u in us), default=-1))
-    for v,us in enumerate(inputs):
-        for u in us: first[u] = min(first.get(u,layer[v]), layer[v])
-    return [l if us else first.get(v,1)-1 for v,(l,us) in enumerate(zip(layer,inputs))]
-
 # %% ../nbs/01_draw.ipynb #c041
+def _layers(inputs): # inputs[v]: numbers of v's inputs, all smaller than v
+    "The layer of each node, by its longest path to the last one"
+    back = [0]*len(inputs)
+    for v in reversed(range(len(inputs))):
+        for u in inputs[v]: back[u] = max(back[u], back[v]+1)
+    return [max(back)-b for b in back]
+
+# %% ../nbs/01_draw.ipynb #c044
 def _slots(inputs, layer):
     "Places `(node, layer)` by layer, and links `(place, place, port)` from each layer to the next"
     columns,links,last = [[] for _ in range(max(layer)+1)],[],dict(enumerate(layer))
@@ -218,11 +221,13 @@ def _slots(inputs, layer):
         links += [((v,k), (v,k+1), 0) for k in range(layer[v], l)]
     return columns,links
 
+# %% ../nbs/01_draw.ipynb #c045
 def _near(columns, links): # per place, the neighbours before and after it, and how far from them it would like to be
     near = {s:([],[]) for c in columns for s in c}
     for a,b,o in links: near[a][1].append((b,o)); near[b][0].append((a,-o))
     return near
 
+# %% ../nbs/01_draw.ipynb #c046
 def _untangle(columns, links, sweeps=12):
     "Reorder `columns` for few crossings of `links`"
     near,pos,best = _near(columns,links),{s:i for c in columns for i,s in enumerate(c)},(math.inf,columns)
@@ -238,7 +243,7 @@ def _untangle(columns, links, sweeps=12):
         columns = [new[i] for i in range(len(new))]
     return best[1]
 
-# %% ../nbs/01_draw.ipynb #c044
+# %% ../nbs/01_draw.ipynb #c049
 def _spread(want, gap):
     "Numbers nearest to `want`, each at least its `gap` after the one before"
     shift,blocks = np.cumsum(gap),[]
@@ -249,19 +254,18 @@ def _spread(want, gap):
             blocks.append(((a*m+b*n)/(m+n), m+n))
     return np.repeat(*zip(*blocks)) + shift
 
-def _straighten(columns, links, room, sweeps=16): # room: length that each place takes
+# %% ../nbs/01_draw.ipynb #c050
+def _straighten(columns, links, room, sweeps=32): # room: length that each place takes
     near,at = _near(columns,links),{s:0. for c in columns for s in c}
     for k in range(sweeps):
         for c in columns[::1-2*(k%2)]:
-            both = near if k<sweeps-2 else {s:([*near[s][0],*near[s][1]],)*2 for s in c}
-            want = [np.mean([at[t]+o for t,o in both[s][k%2]] or [at[s]]) for s in c]
+            close = [near[s][0]+near[s][1] if k<sweeps-2 else near[s][k%2] for s in c]
             half = np.array([room[s]/2 for s in c])
-            at.update(zip(c, _spread(np.array(want), half+np.r_[0,half[:-1]])))
+            want = np.array([np.mean([at[t]+o for t,o in ts] or [at[s]]) for s,ts in zip(c,close)])
+            at.update(zip(c, _spread(want, half+np.r_[0,half[:-1]])))
     return at
 
-# %% ../nbs/01_draw.ipynb #c047
-_Box = namedtuple('_Box', 'kind lines grad')
-
+# %% ../nbs/01_draw.ipynb #c053
 def _show(data, shape=None, values=True, dtype=None): # the numbers of a small array, else its shape
     if isinstance(data, (tuple,list)): return f"({', '.join(_show(getattr(d,'cached_data',d), None, values) for d in data)})"
     if shape is None and data is None: return ''
@@ -270,11 +274,15 @@ def _show(data, shape=None, values=True, dtype=None): # the numbers of a small a
     if small: return np.array2string(np.asarray(data), separator=', ', formatter={'all':_num}, max_line_width=9999).replace('\n','')
     return f"{shape} {'' if dtype is None else dtype}".strip()
 
+# %% ../nbs/01_draw.ipynb #c054
 def _op_name(op): # an address in a repr would differ from run to run
     if isinstance(op, str): return op
     s = type(op).__name__ if type(op).__repr__ is object.__repr__ else repr(op)
     s = re.sub(r' at 0x\w+', '', ' '.join(s.split())).removesuffix('()')
     return s if len(s)<=30 else s[:29]+'…'
+
+# %% ../nbs/01_draw.ipynb #c055
+_Box = namedtuple('_Box', 'kind lines grad')
 
 def _box(v, grads, values):
     get = lambda k: getattr(v,k,None)
@@ -285,49 +293,41 @@ def _box(v, grads, values):
     grad = '' if g is None else '∂ ' + _show(getattr(g,'cached_data',g), getattr(g,'shape',None), values)
     return _Box('leaf' if leaf else 'op', lines or ['leaf'], grad)
 
-# %% ../nbs/01_draw.ipynb #c049
-def _layout(boxes, inputs, columns, links, down):
+# %% ../nbs/01_draw.ipynb #c057
+def _layout(boxes, inputs, layer, columns, links, down):
     P = (lambda m,c: (c,m)) if down else (lambda m,c: (m,c))
-    C = lambda p,q: _d('C', *P((p[0]+q[0])/2,p[1]), *P((p[0]+q[0])/2,q[1]), *P(*q))
     W = [max(_char*max(map(len,b.lines))+20, 14*len(us)*down) for b,us in zip(boxes,inputs)]
     H = [max(8+17*len(b.lines), 14*len(us)*(not down)) for b,us in zip(boxes,inputs)]
     G = [_char*len(b.grad)+14 if b.grad else 0 for b in boxes]
-    along,across = (H,W) if down else (W,H)
-    home = {v:l for c in columns for v,l in reversed(c)} # a node's box is at its first place
-    for c in columns:
-        for v,l in c: home[v] = min(home[v], l)
-    room = {(v,l): (max(across[v], 2*G[v]*down)+14 if home[v]==l else 22) for c in columns for v,l in c}
+    along,across,stub = (H,W,[22*(g>0) for g in G]) if down else (W,H,G) # the stub carries the gradient
+    room = {(v,l): max(across[v], 2*G[v]*down)+14 if layer[v]==l else 22 for c in columns for v,l in c}
     at = _straighten(columns, [(a,b,o*across[b[0]]) for a,b,o in links], room)
-    low = min(at[s]-room[s]/2 for s in at)-2
+    low,high = min(at[s]-room[s]/2 for s in at)-2, max(at[s]+room[s]/2 for s in at)+2
     at = {s:c-low for s,c in at.items()}
-    start,out,m = [],[],10. # of each layer: where the boxes begin, where the edges fan out
+    start,out,m = [],[],10. # of each layer: where its boxes begin, where its edges fan out
     for k,c in enumerate(columns):
-        here = [v for v,l in c if home[v]==l]
+        here = [v for v,l in c if layer[v]==l]
         start.append(m)
-        out.append(m + max((along[v] for v in here), default=0) + max((22*bool(G[v]) if down else G[v] for v in here), default=0))
+        out.append(m + max(along[v] for v in here) + max(stub[v] for v in here))
         m = out[-1]+28+.08*max((abs(at[a]-at[b]) for a,b,_ in links if a[1]==k), default=0)
     edges,front = [],[]
-    for a,b,o in links:
-        (v,l),(w,n) = a,b
-        arrow = home[w]==n
-        p,q = (out[l],at[a]), (start[n]-7*arrow, at[b]+o*across[w])
-        edges.append(_line(_d('M', *P(start[l] + along[v]*(home[v]==l), at[a]), 'L', *P(*p), C(p,q))))
-        if arrow: edges.append(_head(*P(start[n],q[1]), *P(1,0)))
-    for v,b in enumerate(boxes):
-        m,c = start[home[v]], at[v,home[v]]
-        x,y = P(m+along[v]/2, c)
-        fill,stroke = (palette[0],palette[0]) if b.kind=='leaf' else ('currentColor','currentColor')
-        front.append(_tag('rect', x=x-W[v]/2, y=y-H[v]/2, width=W[v], height=H[v], rx=13 if b.kind=='leaf' else 4, fill=fill, stroke=stroke,
-            fill_opacity=dict(leaf=.14, op=.07, more=0)[b.kind], stroke_opacity=.9 if b.kind=='leaf' else .55, stroke_dasharray='4 3' if b.kind=='more' else 'none'))
-        for i,s in enumerate(b.lines): front.append(_text(s, x, y+17*(i-(len(b.lines)-1)/2), **(dict(font_weight='bold') if i==0 and b.kind=='op' else {})))
+    for (v,l),(w,n),o in links:
+        c,e,p,q = at[v,l], at[w,n]+o*across[w], out[l], start[n]-7*(layer[w]==n)
+        edges.append(_line(_d('M', *P(start[l]+along[v]*(layer[v]==l), c), 'L', *P(p,c), 'C', *P((p+q)/2,c), *P((p+q)/2,e), *P(q,e))))
+        if layer[w]==n: edges.append(_head(*P(start[n],e), *P(1,0)))
+    for v,(b,w,h) in enumerate(zip(boxes,W,H)):
+        x,y = P(start[layer[v]]+along[v]/2, at[v,layer[v]])
+        look = dict(leaf=dict(rx=13, fill=palette[0], stroke=palette[0], fill_opacity=.14), op=dict(rx=4, fill_opacity=.07, stroke='currentColor', stroke_opacity=.55),
+                    more=dict(rx=4, fill='none', stroke='currentColor', stroke_dasharray='4 3'))[b.kind]
+        front.append(_tag('rect', x=x-w/2, y=y-h/2, width=w, height=h, **look))
+        for i,s in enumerate(b.lines): front.append(_text(s, x, y+17*(i-(len(b.lines)-1)/2), font_weight='bold' if i==0 and b.kind=='op' else 'normal'))
         if b.grad:
-            x,y = P(m+along[v], c)
-            front.append(_text(b.grad, x+7, y+(14 if down else -7), 'start', fill=palette[1]))
-            if v==len(boxes)-1 and not down: edges.append(_line(_d('M',x,y,'h',G[v]-4)))
-    size = P(out[-1]+10, max(at[s]+room[s]/2 for s in at)+2)
-    return [_tag('g', '\n'.join(edges), opacity=.6)]*bool(edges) + front, *size
+            x,y = P(start[layer[v]]+along[v], at[v,layer[v]])
+            front.append(_text(b.grad, x+7, y+(14 if down else -9), 'start', fill=palette[1]))
+            if v==len(boxes)-1: edges.append(_line(_d('M', x, y, 'L', *P(*np.add(P(x,y),(stub[v],0)).tolist()))))
+    return [_tag('g', '\n'.join(edges), opacity=.6)]*bool(edges) + front, *P(out[-1]+10, high-low)
 
-# %% ../nbs/01_draw.ipynb #c050
+# %% ../nbs/01_draw.ipynb #c058
 def draw_graph(
     y,                   # a node: `op` (`None` in a leaf) and `inputs`; `shape`, `dtype`, `cached_data`, `grad` and `name` are shown if it has them
     grads:dict|None=None, # from `id(node)` to its gradient, instead of `node.grad`
@@ -345,12 +345,31 @@ def draw_graph(
     if total>len(nodes):
         boxes.insert(0, _Box('more', [f'… {total-len(nodes)} more'], ''))
         inputs = [[]] + [[u+1 for u in us] for us in inputs]
-    columns,links = _slots(inputs, _layers(inputs))
+    layer = _layers(inputs)
+    columns,links = _slots(inputs, layer)
     columns = _untangle(columns, links)
-    pics = [_layout(boxes, inputs, columns, links, down) for down in (False,True)]
+    pics = [_layout(boxes, inputs, layer, columns, links, down) for down in (False,True)]
     return SVG(*(pics[0] if pics[0][1]<=max(800, pics[1][1]) else pics[1]), f'graph of {total} nodes')
 
-# %% ../nbs/01_draw.ipynb #c066
+# %% ../nbs/01_draw.ipynb #c074
+def _grid_arrow(p, q, cells, h): # cells: from (grid,row,column) to left, top, width, and the left and right end of its grid
+    (a,b,w,l,r),(c,d,w2,l2,r2) = cells[tuple(p)],cells[tuple(q)]
+    if p[0]!=q[0]: # below the words to the edge of the grid, and across the gap
+        s = 1 if p[0]<q[0] else -1
+        (x1,e1),(e2,x2) = ((a+w,r),(l2,c)) if s>0 else ((a,l),(r2,c+w2))
+        y1,y2,m = b+.84*h,d+.84*h,(e1+e2)/2
+        path,head = _d('M',x1-6*s,y1,'H',e1,'C',m,y1,m,y2,e2-7*s*(e2==x2),y2,'H',x2-7*s), (x2,y2,s,0)
+    elif b==d: # over the row
+        x1,x2 = a+w/2,c+w2/2
+        bow = b-min(28, 8+abs(x2-x1)/6)
+        path,head = _d('M',x1,b+3,'C',x1,bow,x2,bow,x2,b-4), (x2,b+3,0,1)
+    else: # beside the words, from row to row
+        s,x1,x2 = (1 if d>b else -1), a+w-4, c+w2-4
+        y1,y2 = (b+h,d) if s>0 else (b,d+h)
+        path,head = _d('M',x1,y1,'C',x1,(y1+y2)/2,x2,(y1+y2)/2,x2,y2-6*s), (x2,y2+2*s,0,s)
+    return [_line(path, palette[3], 1.6), _head(*head, fill=palette[3])]
+
+# %% ../nbs/01_draw.ipynb #c075
 def draw_grid(
     arrays:list,       # matrices, vectors (drawn as rows) and scalars, of numbers or words; and symbols (a `str`) between them
     arrows:list|None=None, # pairs of cells, each a triple of grid, row and column
@@ -372,7 +391,7 @@ def draw_grid(
         if not (0<=cell[0]<len(grids) and 0<=cell[1]<grids[cell[0]].shape[0] and 0<=cell[2]<grids[cell[0]].shape[1]): raise ValueError(f'draw_grid: no cell {cell}, the grids have shapes {[g.shape for g in grids]}')
     num = [abs(g[np.isfinite(g)]).max(initial=0) for g in grids if g.dtype.kind in 'iuf']
     top,ch,gap = max(num, default=0) or 1, 28, 34 if arrows else 10
-    high,y0 = max(len(g) for g in grids)*ch, 26 if any(a[0]==b[0] for a,b in arrows or []) else 6
+    high,y0 = max(len(g) for g in grids)*ch, 26 if any(a[:2]==b[:2] for a,b in arrows or []) else 6
     cells,body,words,x,n = {},[],[],6.,0
     for o in items:
         if isinstance(o,str):
@@ -388,28 +407,16 @@ def draw_grid(
             a,b = left+j*cw, up+i*ch
             cells[n,i,j] = a,b,cw,left,left+cw*g.shape[1]
             if hue is not None: fill,alpha = palette[hue[i,j]%len(palette)], .35*(hue[i,j]>=0)
-            elif g.dtype.kind in 'iuf' and np.isfinite(v): fill,alpha = palette[int(v<0)], .55*abs(float(v))/top
+            elif g.dtype.kind in 'iuf' and np.isfinite(v): fill,alpha = palette[int(v<0)], .42*abs(float(v))/top
             else: fill,alpha = 'none',0
             body.append(_tag('rect', x=a, y=b, width=cw, height=ch, fill=fill, fill_opacity=f'{alpha:.2f}', stroke='currentColor', stroke_opacity=.4))
             words.append(_text(shown[i][j], a+cw/2, b+ch/2))
         if labels: words.append(_text(labels[n], x+wide/2, up+ch*len(g)+13))
         x,n = x+wide+gap,n+1
-    for p,q in arrows or []:
-        (a,b,w,l,r),(c,d,w2,l2,r2) = cells[tuple(p)],cells[tuple(q)]
-        if p[0]==q[0]: # above the row, or from row to row
-            s = (d>b)-(d<b)
-            (x1,y1),(x2,y2) = (a+w/2, b+ch*(s>0)+3*(s==0)), (c+w2/2, d+ch*(s<0)+3*(s==0))
-            bow = max(12, abs(y2-y1)/2)*(s or -2)
-            path,head = _d('M',x1,y1,'C',x1,y1+bow*(1 if s else .9),x2,y2-bow*(1 if s else -.9),x2,y2-7*(s or 1)), (x2,y2,0,s or 1)
-        else: # below the words to the edge of the grid, and across the gap
-            s = 1 if p[0]<q[0] else -1
-            (x1,e1),(e2,x2) = ((a+w,r),(l2,c)) if s>0 else ((a,l),(r2,c+w2))
-            y1,y2,m = b+.84*ch,d+.84*ch,(e1+e2)/2
-            path,head = _d('M',x1-6*s,y1,'H',e1,'C',m,y1,m,y2,e2-7*s*(e2==x2),y2,'H',x2-7*s), (x2,y2,s,0)
-        body += [_line(path, palette[3], 1.6), _head(*head, fill=palette[3])]
+    for p,q in arrows or []: body += _grid_arrow(p, q, cells, ch)
     return SVG(body+words, x-gap+6, y0+high+(26 if labels else 6), f'grids of shapes {", ".join(str(g.shape) for g in grids)}')
 
-# %% ../nbs/01_draw.ipynb #c075
+# %% ../nbs/01_draw.ipynb #c084
 def _png(a): # (h,w) bytes
     "A grey image as the bytes of a PNG file"
     def piece(name, data): return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name+data))
@@ -417,7 +424,7 @@ def _png(a): # (h,w) bytes
     head = struct.pack('>IIBBBBB', a.shape[1], a.shape[0], 8, 0, 0, 0, 0)
     return b'\x89PNG\r\n\x1a\n' + piece(b'IHDR',head) + piece(b'IDAT',zlib.compress(rows,9)) + piece(b'IEND',b'')
 
-# %% ../nbs/01_draw.ipynb #c076
+# %% ../nbs/01_draw.ipynb #c085
 def draw_images(
     images:np.ndarray,       # (n,h,w), from 0, black, to 1, white
     titles:list|None=None,   # n words, one under each image

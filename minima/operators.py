@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ledger', 'Case', 'all_operators', 'OperatorTable', 'run_case', 'operator_table', 'Op', 'TensorOp', 'UnaryOp', 'MapOp',
-           'ZipOp', 'TensorTuple', 'MakeTensorTuple', 'TupleGetItem', 'BroadcastTo', 'Permute', 'Reshape', 'Summation',
-           'Transpose', 'AddScalar', 'AsType', 'Compare', 'CompareScalar', 'DivScalar', 'EWiseAdd', 'EWiseDiv',
-           'EWiseMul', 'EWisePow', 'EWiseSub', 'Exp', 'Gate', 'Log', 'MulScalar', 'Negate', 'PowerScalar', 'ReLU',
-           'LogSoftmax', 'LogSumExp', 'Softmax', 'SoftmaxCrossEntropy', 'Linear', 'MatMul', 'GetItem', 'PutItem',
-           'make_tuple', 'tuple_get_item', 'broadcast_to', 'permute', 'reshape', 'summation', 'transpose', 'add',
-           'add_scalar', 'subtract', 'multiply', 'mul_scalar', 'divide', 'divide_scalar', 'negate', 'power',
+           'ScalarOp', 'ZipOp', 'TensorTuple', 'MakeTensorTuple', 'TupleGetItem', 'BroadcastTo', 'Permute', 'Reshape',
+           'Summation', 'Transpose', 'AddScalar', 'AsType', 'Compare', 'CompareScalar', 'DivScalar', 'EWiseAdd',
+           'EWiseDiv', 'EWiseMul', 'EWisePow', 'EWiseSub', 'Exp', 'Gate', 'Log', 'MulScalar', 'Negate', 'PowerScalar',
+           'ReLU', 'LogSoftmax', 'LogSumExp', 'Softmax', 'SoftmaxCrossEntropy', 'Linear', 'MatMul', 'GetItem',
+           'PutItem', 'make_tuple', 'tuple_get_item', 'broadcast_to', 'permute', 'reshape', 'summation', 'transpose',
+           'add', 'add_scalar', 'subtract', 'multiply', 'mul_scalar', 'divide', 'divide_scalar', 'negate', 'power',
            'power_scalar', 'exp', 'log', 'relu', 'astype', 'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'cross_entropy',
            'log_softmax', 'logsumexp', 'mean', 'softmax', 'linear', 'matmul']
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from .autograd import MakeTensorTuple, Op, TensorOp, TensorTuple, TupleGetItem, UnaryOp, make_tuple, tuple_get_item
 from .ops.shape import BroadcastTo, Permute, Reshape, Summation, Transpose, broadcast_to, permute, reshape, summation, transpose
-from .ops.elementwise import AddScalar, AsType, Compare, CompareScalar, DivScalar, EWiseAdd, EWiseDiv, EWiseMul, EWisePow, EWiseSub, Exp, Gate, Log, MapOp, MulScalar, Negate, PowerScalar, ReLU, ZipOp
+from .ops.elementwise import AddScalar, AsType, Compare, CompareScalar, DivScalar, EWiseAdd, EWiseDiv, EWiseMul, EWisePow, EWiseSub, Exp, Gate, Log, MapOp, MulScalar, Negate, PowerScalar, ReLU, ScalarOp, ZipOp
 from .ops.elementwise import add, add_scalar, astype, divide, divide_scalar, eq, exp, ge, gt, le, log, lt, mul_scalar, multiply, ne, negate, power, power_scalar, relu, subtract
 from .ops.reduce import LogSoftmax, LogSumExp, Softmax, SoftmaxCrossEntropy, cross_entropy, log_softmax, logsumexp, mean, softmax
 from .ops.linalg import Linear, MatMul, linear, matmul
@@ -26,7 +26,7 @@ from .ops.index import GetItem, PutItem
 from .testing import Checked, check_op
 
 # %% ../nbs/19_operators.ipynb #c004
-_all_ = ['Op', 'TensorOp', 'UnaryOp', 'MapOp', 'ZipOp', 'TensorTuple', 'MakeTensorTuple', 'TupleGetItem', 'BroadcastTo', 'Permute', 'Reshape', 'Summation', 'Transpose', 'AddScalar', 'AsType', 'Compare', 'CompareScalar', 'DivScalar', 'EWiseAdd', 'EWiseDiv', 'EWiseMul', 'EWisePow', 'EWiseSub', 'Exp', 'Gate', 'Log', 'MulScalar', 'Negate', 'PowerScalar', 'ReLU', 'LogSoftmax', 'LogSumExp', 'Softmax', 'SoftmaxCrossEntropy', 'Linear', 'MatMul', 'GetItem', 'PutItem',
+_all_ = ['Op', 'TensorOp', 'UnaryOp', 'MapOp', 'ScalarOp', 'ZipOp', 'TensorTuple', 'MakeTensorTuple', 'TupleGetItem', 'BroadcastTo', 'Permute', 'Reshape', 'Summation', 'Transpose', 'AddScalar', 'AsType', 'Compare', 'CompareScalar', 'DivScalar', 'EWiseAdd', 'EWiseDiv', 'EWiseMul', 'EWisePow', 'EWiseSub', 'Exp', 'Gate', 'Log', 'MulScalar', 'Negate', 'PowerScalar', 'ReLU', 'LogSoftmax', 'LogSumExp', 'Softmax', 'SoftmaxCrossEntropy', 'Linear', 'MatMul', 'GetItem', 'PutItem',
          'make_tuple', 'tuple_get_item', 'broadcast_to', 'permute', 'reshape', 'summation', 'transpose', 'add', 'add_scalar', 'subtract', 'multiply', 'mul_scalar', 'divide', 'divide_scalar', 'negate', 'power', 'power_scalar', 'exp', 'log', 'relu', 'astype', 'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'cross_entropy', 'log_softmax', 'logsumexp', 'mean', 'softmax', 'linear', 'matmul']
 
 # %% ../nbs/19_operators.ipynb #c007

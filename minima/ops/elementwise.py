@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['add', 'add_scalar', 'multiply', 'mul_scalar', 'subtract', 'divide', 'divide_scalar', 'power', 'power_scalar',
-           'AsType', 'astype', 'align', 'MapOp', 'ZipOp', 'as_number', 'as_tensor', 'EWiseAdd', 'AddScalar', 'EWiseMul',
-           'MulScalar', 'Negate', 'negate', 'EWiseSub', 'EWiseDiv', 'DivScalar', 'PowerScalar', 'EWisePow', 'Exp',
-           'exp', 'Log', 'log', 'Compare', 'CompareScalar', 'Gate', 'ReLU', 'relu', 'eq', 'ne', 'lt', 'le', 'gt', 'ge']
+           'AsType', 'astype', 'align', 'MapOp', 'ZipOp', 'ScalarOp', 'as_number', 'as_tensor', 'EWiseAdd', 'AddScalar',
+           'EWiseMul', 'MulScalar', 'Negate', 'negate', 'EWiseSub', 'EWiseDiv', 'DivScalar', 'PowerScalar', 'EWisePow',
+           'Exp', 'exp', 'Log', 'log', 'Compare', 'CompareScalar', 'Gate', 'ReLU', 'relu', 'eq', 'ne', 'lt', 'le', 'gt',
+           'ge']
 
 # %% ../../nbs/11_elementwise.ipynb #c003
 from dataclasses import dataclass
@@ -85,6 +86,20 @@ class ZipOp(TensorOp):
         return z
 
 # %% ../../nbs/11_elementwise.ipynb #c012
+@dataclass(frozen=True)
+class ScalarOp(MapOp):
+    "A map with a number in it"
+    scalar:float # as it was given
+    def __post_init__(self): object.__setattr__(self, '_arrays', {})
+    def beside(self, x):
+        "The number as an array in the dtype of `x`, if that is NumPy's and floating"
+        try: return self._arrays[x.dtype]
+        except KeyError: pass
+        floating = isinstance(x.dtype, np.dtype) and x.dtype.kind=='f'
+        self._arrays[x.dtype] = s = np.asarray(self.scalar, x.dtype) if floating else self.scalar
+        return s
+
+# %% ../../nbs/11_elementwise.ipynb #c013
 def as_number(x):
     "`x` as a number of Python if it is one, or a NumPy value without axes; otherwise `None`"
     kind = type(x)
@@ -101,17 +116,26 @@ def as_tensor(x, name):
     if isinstance(x, (np.ndarray,np.generic,list,tuple,Number)): return Tensor(x, requires_grad=False)
     raise TypeError(f'{name}: unsupported operand of type {type(x).__name__}; wanted a tensor, an array or a number')
 
-# %% ../../nbs/11_elementwise.ipynb #c013
+# %% ../../nbs/11_elementwise.ipynb #c014
 def _binary(name, zip_op, scalar_op):
     "The function of two operands that picks the operator: a zip, or a map with a number in it"
+    zipped,made = zip_op.__call__,{} # operators with a number, made once for each
     def f(
         a, # tensor, or anything that becomes one
         b, # tensor of a shape that broadcasts with that of `a`, or a number
     ) -> Tensor: # of the common shape
         if isinstance(b, Tensor):
-            if isinstance(a, Tensor): return zip_op(a, b)
-        elif isinstance(a, Tensor) and (s := as_number(b)) is not None: return scalar_op(s)(a)
-        return zip_op(as_tensor(a, name), as_tensor(b, name))
+            if isinstance(a, Tensor): return zipped(a, b)
+        elif isinstance(a, Tensor):
+            if b.__class__ is float and b in made: return made[b](a)
+            s = as_number(b)
+            if s is not None:
+                call = scalar_op(s).__call__
+                if s and s.__class__ is float: # 0. and -0. are equal, and not the same
+                    if len(made) > 1000: made.clear()
+                    made[s] = call
+                return call(a)
+        return zipped(as_tensor(a, name), as_tensor(b, name))
     f.__name__ = f.__qualname__ = name
     return f
 
@@ -127,21 +151,19 @@ def _scalar(name, op):
     f.__name__ = f.__qualname__ = name
     return f
 
-# %% ../../nbs/11_elementwise.ipynb #c016
+# %% ../../nbs/11_elementwise.ipynb #c017
 class EWiseAdd(ZipOp):
     r"$z = a+b$"
     def compute(self, a, b): return a + b
     def gradient(self, out_grad, node): return out_grad, out_grad
 
-# %% ../../nbs/11_elementwise.ipynb #c017
-@dataclass(frozen=True)
-class AddScalar(MapOp):
+# %% ../../nbs/11_elementwise.ipynb #c018
+class AddScalar(ScalarOp):
     r"$y = x+s$"
-    scalar:float # s
-    def compute(self, x): return x + self.scalar
+    def compute(self, x): return x + self.beside(x)
     def gradient(self, out_grad, node): return out_grad
 
-# %% ../../nbs/11_elementwise.ipynb #c018
+# %% ../../nbs/11_elementwise.ipynb #c019
 add = _binary('add', EWiseAdd(), AddScalar)
 add.__doc__ = r"$a+b$, elementwise"
 add_scalar = _scalar('add_scalar', AddScalar)
@@ -150,7 +172,7 @@ Tensor.add = Tensor.__add__ = add
 Tensor.__radd__ = lambda self, other: add(as_tensor(other, 'add') if as_number(other) is None else self, self if as_number(other) is None else other)
 Tensor.__pos__ = lambda self: self
 
-# %% ../../nbs/11_elementwise.ipynb #c025
+# %% ../../nbs/11_elementwise.ipynb #c026
 class EWiseMul(ZipOp):
     r"$z = ab$"
     def compute(self, a, b): return a * b
@@ -158,15 +180,13 @@ class EWiseMul(ZipOp):
         a,b = node.inputs
         return out_grad*b if a.needs else None, out_grad*a if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c026
-@dataclass(frozen=True)
-class MulScalar(MapOp):
+# %% ../../nbs/11_elementwise.ipynb #c027
+class MulScalar(ScalarOp):
     r"$y = sx$; its own adjoint"
-    scalar:float # s
-    def compute(self, x): return x * self.scalar
+    def compute(self, x): return x * self.beside(x)
     def gradient(self, out_grad, node): return self(out_grad)
 
-# %% ../../nbs/11_elementwise.ipynb #c027
+# %% ../../nbs/11_elementwise.ipynb #c028
 multiply = _binary('multiply', EWiseMul(), MulScalar)
 multiply.__doc__ = r"$ab$, elementwise"
 mul_scalar = _scalar('mul_scalar', MulScalar)
@@ -174,14 +194,14 @@ mul_scalar.__doc__ = r"$as$, elementwise"
 Tensor.multiply = Tensor.mul = Tensor.__mul__ = multiply
 Tensor.__rmul__ = lambda self, other: multiply(self, other)
 
-# %% ../../nbs/11_elementwise.ipynb #c034
+# %% ../../nbs/11_elementwise.ipynb #c035
 class Negate(MapOp):
     r"$y = -x$; its own adjoint"
     def compute(self, x): return -x
     def gradient(self, out_grad, node): return self(out_grad)
 
-# %% ../../nbs/11_elementwise.ipynb #c035
-_negate = Negate()
+# %% ../../nbs/11_elementwise.ipynb #c036
+_negate = Negate().__call__
 def negate(
     a:Tensor, # any shape
 ) -> Tensor:  # same shape
@@ -190,19 +210,19 @@ def negate(
 
 Tensor.negate = Tensor.neg = Tensor.__neg__ = negate
 
-# %% ../../nbs/11_elementwise.ipynb #c036
+# %% ../../nbs/11_elementwise.ipynb #c037
 class EWiseSub(ZipOp):
     r"$z = a-b$"
     def compute(self, a, b): return a - b
     def gradient(self, out_grad, node): return out_grad, -out_grad if node.inputs[1].needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c037
+# %% ../../nbs/11_elementwise.ipynb #c038
 subtract = _binary('subtract', EWiseSub(), lambda s: AddScalar(-s))
 subtract.__doc__ = r"$a-b$, elementwise"
 Tensor.subtract = Tensor.sub = Tensor.__sub__ = subtract
 Tensor.__rsub__ = lambda self, other: add(-self, other)
 
-# %% ../../nbs/11_elementwise.ipynb #c041
+# %% ../../nbs/11_elementwise.ipynb #c042
 class EWiseDiv(ZipOp):
     r"$z = a/b$"
     def compute(self, a, b): return a / b
@@ -211,32 +231,28 @@ class EWiseDiv(ZipOp):
         g = out_grad/b
         return g, -(g*node) if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c042
-@dataclass(frozen=True)
-class DivScalar(MapOp):
+# %% ../../nbs/11_elementwise.ipynb #c043
+class DivScalar(ScalarOp):
     r"$y = x/s$; its own adjoint"
-    scalar:float # s
-    def compute(self, x): return x / self.scalar
+    def compute(self, x): return x / self.beside(x)
     def gradient(self, out_grad, node): return self(out_grad)
 
-# %% ../../nbs/11_elementwise.ipynb #c043
+# %% ../../nbs/11_elementwise.ipynb #c044
 divide = _binary('divide', EWiseDiv(), DivScalar)
 divide.__doc__ = r"$a/b$, elementwise"
 divide_scalar = _scalar('divide_scalar', DivScalar)
 divide_scalar.__doc__ = r"$a/s$, elementwise"
 Tensor.divide = Tensor.div = Tensor.__truediv__ = divide
 
-# %% ../../nbs/11_elementwise.ipynb #c049
-@dataclass(frozen=True)
-class PowerScalar(MapOp):
+# %% ../../nbs/11_elementwise.ipynb #c050
+class PowerScalar(ScalarOp):
     r"$y = x^s$"
-    scalar:float # s
     def compute(self, x): return x ** self.scalar
     def gradient(self, out_grad, node):
         x,s = node.inputs[0],self.scalar
         return out_grad*(x*2 if s==2 else -(node*node) if s==-1 else x**(s-1)*s if s else x*0)
 
-# %% ../../nbs/11_elementwise.ipynb #c050
+# %% ../../nbs/11_elementwise.ipynb #c051
 class EWisePow(ZipOp):
     r"$z = a^b$"
     def compute(self, a, b): return a ** b
@@ -245,7 +261,7 @@ class EWisePow(ZipOp):
         return (out_grad*(b*a**(b - 1 + (b==0))) if a.needs else None,
                 out_grad*node*log(a + (a==0))    if b.needs else None)
 
-# %% ../../nbs/11_elementwise.ipynb #c051
+# %% ../../nbs/11_elementwise.ipynb #c052
 def _constant(s, x):
     "The number `s` in the dtype that it takes beside `x`"
     return Tensor.make_const(np.asarray(s, x.dtype if x.dtype.kind=='f' else None)) if as_number(s) is not None else s
@@ -258,14 +274,14 @@ Tensor.power = Tensor.pow = Tensor.__pow__ = power
 Tensor.__rtruediv__ = lambda self, other: divide(other, self) if as_number(other) is None else multiply(power_scalar(self, -1.), other)
 Tensor.__rpow__ = lambda self, other: power(_constant(other, self), self)
 
-# %% ../../nbs/11_elementwise.ipynb #c054
+# %% ../../nbs/11_elementwise.ipynb #c055
 class Exp(MapOp):
     r"$y = e^x$"
     def compute(self, x): return xp(x).exp(x)
     def gradient(self, out_grad, node): return out_grad*node
 
-# %% ../../nbs/11_elementwise.ipynb #c055
-_exp = Exp()
+# %% ../../nbs/11_elementwise.ipynb #c056
+_exp = Exp().__call__
 def exp(
     a:Tensor, # any shape
 ) -> Tensor:  # same shape
@@ -274,14 +290,14 @@ def exp(
 
 Tensor.exp = exp
 
-# %% ../../nbs/11_elementwise.ipynb #c061
+# %% ../../nbs/11_elementwise.ipynb #c062
 class Log(MapOp):
     r"$y = \ln x$"
     def compute(self, x): return xp(x).log(x)
     def gradient(self, out_grad, node): return out_grad/node.inputs[0]
 
-# %% ../../nbs/11_elementwise.ipynb #c062
-_log = Log()
+# %% ../../nbs/11_elementwise.ipynb #c063
+_log = Log().__call__
 def log(
     a:Tensor, # any shape, every element positive
 ) -> Tensor:  # same shape
@@ -290,7 +306,7 @@ def log(
 
 Tensor.log = log
 
-# %% ../../nbs/11_elementwise.ipynb #c068
+# %% ../../nbs/11_elementwise.ipynb #c069
 @dataclass(frozen=True)
 class Compare(ZipOp):
     "Elementwise comparison of two tensors, by a function of the module `operator`"
@@ -298,18 +314,17 @@ class Compare(ZipOp):
     differentiable = False
     def compute(self, a, b): return getattr(operator, self.name)(a, b)
 
-# %% ../../nbs/11_elementwise.ipynb #c069
-@dataclass(frozen=True)
-class CompareScalar(MapOp):
-    "Elementwise comparison with a number"
-    name:str     # as in `Compare`
-    scalar:float # on the right
-    differentiable = False
-    def compute(self, x): return getattr(operator, self.name)(x, self.scalar)
-
 # %% ../../nbs/11_elementwise.ipynb #c070
+@dataclass(frozen=True)
+class CompareScalar(ScalarOp):
+    "Elementwise comparison with a number, on the right"
+    name:str = 'eq' # as in `Compare`
+    differentiable = False
+    def compute(self, x): return getattr(operator, self.name)(x, self.beside(x))
+
+# %% ../../nbs/11_elementwise.ipynb #c071
 for _name in 'eq ne lt le gt ge'.split():
-    _f = _binary(_name, Compare(_name), lambda s, name=_name: CompareScalar(name, s))
+    _f = _binary(_name, Compare(_name), lambda s, name=_name: CompareScalar(s, name))
     _f.__doc__ = f"Elementwise comparison, `operator.{_name}`; a boolean tensor"
     globals()[_name] = _f
     setattr(Tensor, _name, _f)
@@ -317,25 +332,25 @@ for _name in 'eq ne lt le gt ge'.split():
 Tensor.__hash__ = object.__hash__
 Tensor.__invert__ = lambda self: self==False
 
-# %% ../../nbs/11_elementwise.ipynb #c071
+# %% ../../nbs/11_elementwise.ipynb #c072
 _all_ = ['eq', 'ne', 'lt', 'le', 'gt', 'ge', 'add', 'add_scalar', 'multiply', 'mul_scalar', 'subtract', 'divide', 'divide_scalar', 'power', 'power_scalar']
 
-# %% ../../nbs/11_elementwise.ipynb #c077
+# %% ../../nbs/11_elementwise.ipynb #c078
 class Gate(ZipOp):
     r"$z = a\,[b>0]$: passes `a` where `b` is positive"
-    def compute(self, a, b): return a * (b > 0)
+    def compute(self, a, b): return a * xp(b).astype(b > _zero(b), a.dtype)
     def gradient(self, out_grad, node):
         b = node.inputs[1]
         return self(out_grad, b), None
 
-# %% ../../nbs/11_elementwise.ipynb #c078
+# %% ../../nbs/11_elementwise.ipynb #c079
 class ReLU(MapOp):
     r"$y = \max(x, 0)$, with slope 0 at 0"
-    def compute(self, x): return xp(x).maximum(x, 0)
+    def compute(self, x): return xp(x).maximum(x, _zero(x))
     def gradient(self, out_grad, node): return _gate(out_grad, node)
 
-# %% ../../nbs/11_elementwise.ipynb #c079
-_relu,_gate = ReLU(),Gate()
+# %% ../../nbs/11_elementwise.ipynb #c080
+_relu,_gate,_zero = ReLU().__call__,Gate().__call__,AddScalar(0.).beside
 def relu(
     a:Tensor, # any shape
 ) -> Tensor:  # same shape

@@ -1,0 +1,234 @@
+"""minima, torch and hand-written NumPy on the same work: python benchmarks/run.py
+
+Each library runs in a process of its own, pinned to the same core. The parent asks them in turn, round after round,
+compares the numbers that they return, and prints medians and ratios of medians. `--threads 2` leaves both cores free."""
+import argparse, gc, json, os, resource, statistics, subprocess, sys, time
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+works = dict(a='chain of 1,000 operations on 8 numbers (µs an operation)', b='10 elementwise operations, 1024×1024 (ms)',
+             c='step of 784-100-10, batch 100 (ms)', d='step of 784-1024-1024-10, batch 128, Adam (ms)', g='chain of 100,000 nodes (ms)')
+scale = dict(a=1e3, b=1e3, c=1e3, d=1e3, g=1e3) # seconds to the unit above; (a) divides by 1,000 operations
+repeats = dict(a=5, b=1, c=20, d=3, g=1)
+
+def data(sizes, batch):
+    import numpy as np
+    rng = np.random.default_rng(0)
+    X,y = rng.random((batch,sizes[0]), dtype=np.float32),rng.integers(0, sizes[-1], batch)
+    Ws = [rng.standard_normal((m,n), dtype=np.float32)*(2/n)**.5 for n,m in zip(sizes, sizes[1:])]
+    return X, y, Ws, [np.zeros(m, np.float32) for m in sizes[1:]]
+
+def chain_inputs():
+    import numpy as np
+    rng = np.random.default_rng(1)
+    return [rng.random(8, dtype=np.float32) + np.float32(.5) for _ in range(2)] + [np.float32(.01)*rng.random(8, dtype=np.float32)]
+
+def big_inputs():
+    import numpy as np
+    rng = np.random.default_rng(2)
+    return [rng.random((1024,1024), dtype=np.float32) + np.float32(.5) for _ in range(2)]
+
+def chain(x, w, b, n):
+    "n operations, the same in both libraries"
+    y = x
+    for _ in range(n//4): y = (y*w + b).relu()*0.999
+    return y
+
+def elementwise(x, w):
+    "Ten operations"
+    return ((((x*w + x).relu()*0.5).exp() + 1).log()*w - x)/w
+
+class Minima:
+    def __init__(self):
+        import minima as mi
+        from minima import optim
+        self.mi,self.optim = mi,optim
+    def leaf(self, a): return self.mi.Tensor(a)
+    def const(self, a): return self.mi.Tensor(a, requires_grad=False)
+    def a(self, n=1000):
+        x,w,b = (f(a) for f,a in zip((self.leaf,self.const,self.const), chain_inputs()))
+        w = self.const(1/(1+0*w.numpy()))
+        def step(): x.grad = None; y = chain(x, w, b, n).sum(); y.backward(); return y
+        return step, lambda y: [y.item(), float(x.grad.numpy().sum())]
+    def g(self): return self.a(100_000)
+    def b(self):
+        x,w = map(self.leaf, big_inputs())
+        def step(): x.grad = w.grad = None; y = elementwise(x, w).sum(); y.backward(); return y
+        return step, lambda y: [y.item(), float(x.grad.numpy().sum()), float(w.grad.numpy().sum())]
+    def net(self, sizes, batch, opt):
+        X,y,Ws,bs = data(sizes, batch)
+        X,Ws,bs = self.const(X),[self.leaf(w) for w in Ws],[self.leaf(b) for b in bs]
+        opt = opt(Ws+bs)
+        linear,cross_entropy = self.mi.linear,self.mi.cross_entropy
+        def step():
+            h = X
+            for W,b in zip(Ws[:-1], bs[:-1]): h = linear(h, W, b).relu()
+            loss = cross_entropy(linear(h, Ws[-1], bs[-1]), y)
+            opt.zero_grad(); loss.backward(); opt.step()
+            return loss
+        return step, lambda loss: [loss.item(), *(float(abs(W.detach().numpy()).sum()) for W in Ws)]
+    def c(self): return self.net((784,100,10), 100, lambda ps: self.optim.SGD(ps, lr=.1))
+    def d(self): return self.net((784,1024,1024,10), 128, lambda ps: self.optim.Adam(ps, lr=1e-4))
+
+class Torch(Minima):
+    def __init__(self):
+        import torch
+        torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+        self.torch,self.optim = torch,torch.optim
+        self.mi = type('names', (), dict(linear=staticmethod(torch.nn.functional.linear), cross_entropy=staticmethod(lambda z,y: torch.nn.functional.cross_entropy(z, self.labels(y)))))
+        self._labels = {}
+    def labels(self, y):
+        if id(y) not in self._labels: self._labels[id(y)] = self.torch.tensor(y)
+        return self._labels[id(y)]
+    def leaf(self, a): return self.torch.tensor(a, requires_grad=True)
+    def const(self, a): return self.torch.tensor(a)
+    def net(self, *args):
+        step,numbers = super().net(*args)
+        return step, numbers
+
+class Numpy:
+    "Forward and backward written out, every array allocated once"
+    def a(self, n=1000):
+        import numpy as np
+        x,w,b = chain_inputs(); w = 1/(1+0*w); s = np.asarray(.999, np.float32); zero = np.zeros((), np.float32)
+        k = n//4
+        R,T,G = np.empty((k,8), np.float32),np.empty(8, np.float32),np.empty(8, np.float32)
+        mul,add,maximum,greater = np.multiply,np.add,np.maximum,np.greater
+        rows,mask = list(R),np.empty(8, bool)
+        def step():
+            y = x
+            for r in rows: mul(y, w, T); add(T, b, T); maximum(T, zero, out=r); y = mul(r, s, T)
+            total = y.sum(); G[:] = 1
+            for r in reversed(rows): mul(G, s, G); greater(r, zero, mask); mul(G, mask, G); mul(G, w, G)
+            return total
+        return step, lambda y: [float(y), float(G.sum())]
+    def g(self): return self.a(100_000)
+    def b(self):
+        import numpy as np
+        x,w = big_inputs()
+        A,B,C,D,E,GX,GW,M = (np.empty_like(x) for _ in range(8)); mask = np.empty(x.shape, bool)
+        half,one,zero = (np.asarray(v, np.float32) for v in (.5,1,0))
+        def step():
+            nonlocal A,E,M,GX,GW
+            np.multiply(x, w, A); A += x; np.maximum(A, zero, out=A)       # relu
+            np.multiply(A, half, B); np.exp(B, B)                       # e
+            np.add(B, one, C); np.log(C, D)                             # ln(1+e)
+            np.multiply(D, w, E); E -= x; E /= w                        # z
+            np.divide(one, w, M)                                        # dE/d(numerator)
+            np.multiply(E, M, GW); np.negative(GW, GW)
+            np.negative(M, GX); np.multiply(D, M, E); GW += E          # through D*w
+            np.multiply(M, w, M); M /= C; M *= B; M *= half
+            np.greater(A, zero, mask); M *= mask
+            GX += M; np.multiply(M, w, E); GX += E; np.multiply(M, x, E); GW += E
+            np.multiply(D, w, E); E -= x; E /= w
+            return E.sum()
+        return step, lambda y: [float(y), float(GX.sum()), float(GW.sum())]
+    def net(self, sizes, batch, adam):
+        import numpy as np
+        X,y,Ws,bs = data(sizes, batch)
+        ps = Ws+bs; gs = [np.empty_like(p) for p in ps]; ts = [np.empty_like(p) for p in ps]
+        ms,vs = ([np.zeros_like(p) for p in ps] for _ in range(2)); t = [0]
+        n = len(Ws); Z = [np.empty((batch,m), np.float32) for m in sizes[1:]]; H = [X]+[np.empty_like(z) for z in Z[:-1]]
+        G,masks,rows,zero = [np.empty_like(z) for z in Z],[np.empty(z.shape, bool) for z in Z],np.arange(batch),np.zeros((), np.float32)
+        def step():
+            for i in range(n):
+                np.matmul(H[i], Ws[i].T, Z[i]); Z[i] += bs[i]
+                if i<n-1: np.maximum(Z[i], zero, out=H[i+1])
+            z = Z[-1]; z -= z.max(1, keepdims=True); e = np.exp(z, G[-1]); s = e.sum(1, keepdims=True)
+            loss = (np.log(s)[:,0] - z[rows,y]).mean()
+            e /= s; e[rows,y] -= 1; e /= batch
+            for i in range(n-1, -1, -1):
+                np.matmul(G[i].T, H[i], gs[i]); np.sum(G[i], 0, out=gs[n+i])
+                if i: np.matmul(G[i], Ws[i], G[i-1]); np.greater(H[i], zero, masks[i-1]); G[i-1] *= masks[i-1]
+            t[0] += 1
+            if adam:
+                c1,c2 = 1-.9**t[0],(1-.999**t[0])**.5
+                for p,g,m,v,u in zip(ps, gs, ms, vs, ts):
+                    m *= .9; np.multiply(g, .1, u); m += u
+                    v *= .999; np.multiply(g, g, u); u *= .001; v += u
+                    np.sqrt(v, u); u += 1e-8*c2; np.divide(m, u, u); u *= 1e-4*c2/c1; p -= u
+            else:
+                for p,g in zip(ps, gs): g *= .1; p -= g
+            return loss
+        return step, lambda loss: [float(loss), *(float(abs(W).sum()) for W in Ws)]
+    def c(self): return self.net((784,100,10), 100, False)
+    def d(self): return self.net((784,1024,1024,10), 128, True)
+
+libraries = dict(minima=Minima, torch=Torch, numpy=Numpy)
+
+def peak_kib(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def worker(name):
+    "Answer requests, a line of JSON each"
+    lib,ready = libraries[name](),{}
+    for line in sys.stdin:
+        work,kind = json.loads(line)
+        if kind=='memory': # how far the peak rises above what was there before, in a process that has done nothing else
+            step,_ = getattr(lib, work)(); gc.collect(); before = peak_kib()
+            for _ in range(50 if work=='d' else 1): step()
+            print(json.dumps((peak_kib()-before)/1024), flush=True); continue
+        if work not in ready:
+            step,numbers = getattr(lib, work)()
+            ready[work] = step,numbers(step())
+        step,numbers = ready[work]
+        gc.collect()
+        t = time.perf_counter()
+        for _ in range(repeats[work]): step()
+        print(json.dumps([(time.perf_counter()-t)/repeats[work], numbers]), flush=True)
+
+def start(name, threads):
+    env = {k:v for k,v in os.environ.items() if not k.startswith('OPENBLAS_')} | {k:str(threads) for k in ('OMP_NUM_THREADS','OPENBLAS_NUM_THREADS','MKL_NUM_THREADS')}
+    env['PYTHONPATH'] = str(root)
+    pin = ['taskset','-c','0'] if threads==1 else []
+    return subprocess.Popen([*pin, sys.executable, __file__, '--worker', name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+def ask(process, work, kind='time'):
+    process.stdin.write(json.dumps([work,kind])+'\n'); process.stdin.flush()
+    line = process.stdout.readline()
+    if not line: raise RuntimeError(f'a worker died on {work}')
+    return json.loads(line)
+
+def import_times(rounds):
+    "Median seconds of `import numpy` and of `import minima`, bytecode cached, alternating"
+    env = {k:v for k,v in os.environ.items() if k!='PYTHONDONTWRITEBYTECODE'} | {'PYTHONPATH':str(root)}
+    times = {'numpy':[], 'minima':[]}
+    for i in range(rounds+1):
+        for m in times:
+            code = f'import time; t=time.perf_counter(); import {m}; print(time.perf_counter()-t)'
+            t = float(subprocess.run([sys.executable,'-c',code], env=env, capture_output=True, text=True, check=True).stdout)
+            if i: times[m].append(t)
+    return {m:statistics.median(ts) for m,ts in times.items()}
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--worker', help=argparse.SUPPRESS)
+    p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--rounds', type=int, default=15)
+    p.add_argument('--works', default='abcdgef', help='letters of the rows to run')
+    args = p.parse_args()
+    if args.worker: return worker(args.worker)
+    print(f"{args.threads} thread{'s' if args.threads>1 else ', pinned to one core'}; medians of {args.rounds} alternating rounds\n")
+    print(f"| {'work':<52} | minima | torch | NumPy by hand | minima / torch | NumPy / torch |\n|---|---|---|---|---|---|")
+    processes = {m:start(m, args.threads) for m in libraries}
+    row = lambda name,m,t,n: print(f'| {name:<52} | {m:.3g} | {t:.3g} | {n:.3g} | {m/t:.2f} | {n/t:.2f} |', flush=True)
+    for work in (w for w in works if w in args.works):
+        times,numbers = {m:[] for m in libraries},{}
+        for _ in range(args.rounds if work!='g' else max(3, args.rounds//3)):
+            for m,proc in processes.items():
+                t,numbers[m] = ask(proc, work); times[m].append(t*scale[work])
+        for m in ('torch','numpy'):
+            for x,y in zip(numbers['minima'], numbers[m]):
+                if abs(x-y) > 2e-3*max(1,abs(y)): raise SystemExit(f'({work}) minima {numbers["minima"]} and {m} {numbers[m]} disagree')
+        row(f'({work}) {works[work]}', *(statistics.median(times[m]) for m in libraries))
+    for proc in processes.values(): proc.stdin.close(); proc.wait()
+    for work,name in (('d','(e) peak memory of 50 steps of (d) (MiB)'),('g','(g) peak memory of the chain (MiB)')):
+        if not ('e' if work=='d' else 'g') in args.works: continue
+        peaks = {}
+        for m in libraries:
+            proc = start(m, args.threads); peaks[m] = ask(proc, work, 'memory'); proc.stdin.close(); proc.wait()
+        row(name, *peaks.values())
+    if 'f' in args.works:
+        t = import_times(args.rounds)
+        print(f"\n(f) import minima {t['minima']*1e3:.0f} ms, import numpy {t['numpy']*1e3:.0f} ms, ratio {t['minima']/t['numpy']:.2f}")
+
+if __name__=='__main__': main()
