@@ -343,13 +343,13 @@ def _propagate(root, out_grad, create_graph, retain_graph):
     level = mode.level
     lazy = level & LAZY
     if not lazy: root.realize_cached_data()
-    heap, nodes, adjoints = [root.rank], {root.rank: root}, {root.rank: out_grad}
+    heap, waiting, last = [root.rank], {root.rank: (root, out_grad)}, _writes.last
     mode.level = lazy | (RECORD if create_graph else 0)
     try:
         while heap:
             rank = heappop(heap)
-            node, g = nodes.pop(rank), adjoints.pop(rank)
-            if rank > _writes.last: _check_unwritten(node)
+            node, g = waiting.pop(rank)
+            if rank > last: _check_unwritten(node)
             op, inputs = node.op, node.inputs
             grads = op.gradient(g, node)
             if grads.__class__ is not tuple: grads = grads,
@@ -363,8 +363,9 @@ def _propagate(root, out_grad, create_graph, retain_graph):
                     leaves[key] = i,h
                 else:
                     key = i.rank
-                    if key in adjoints: adjoints[key] = _add_into(adjoints.pop(key), h, create_graph)
-                    else: nodes[key],adjoints[key] = i,h; heappush(heap, key)
+                    if key in waiting: h = _add_into(waiting.pop(key)[1], h, create_graph)
+                    else: heappush(heap, key)
+                    waiting[key] = i,h
             node = g = h = i = inputs = grads = None # let their arrays go before the next rule runs
     finally: mode.level = level
     return leaves
