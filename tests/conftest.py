@@ -1,0 +1,3 @@
+"Set before anything is imported: matplotlib draws to no screen"
+import os
+os.environ['MPLBACKEND'] = 'Agg'
