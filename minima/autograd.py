@@ -66,7 +66,9 @@ class Value:
         self.op,self.inputs,self.cached_data,self.grad,self.rank = op,inputs,None,None,next_rank()
         self.needs = bool(level & RECORD) and op.differentiable and any([i.needs for i in inputs])
         if level & LAZY: self.meta = run_op(op, inputs, [_meta(i) for i in inputs])
-        else: self.realize_cached_data()
+        else:
+            self.cached_data = run_op(op, inputs, [i.realize_cached_data() for i in inputs])
+            if not self.needs: self.op,self.inputs = None,()
         return self
     @classmethod
     def make_const(cls,

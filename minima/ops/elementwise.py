@@ -194,13 +194,13 @@ mul_scalar.__doc__ = r"$as$, elementwise"
 Tensor.multiply = Tensor.mul = Tensor.__mul__ = multiply
 Tensor.__rmul__ = lambda self, other: multiply(self, other)
 
-# %% ../../nbs/11_elementwise.ipynb #c035
+# %% ../../nbs/11_elementwise.ipynb #c036
 class Negate(MapOp):
     r"$y = -x$; its own adjoint"
     def compute(self, x): return -x
     def gradient(self, out_grad, node): return self(out_grad)
 
-# %% ../../nbs/11_elementwise.ipynb #c036
+# %% ../../nbs/11_elementwise.ipynb #c037
 _negate = Negate().__call__
 def negate(
     a:Tensor, # any shape
@@ -210,19 +210,19 @@ def negate(
 
 Tensor.negate = Tensor.neg = Tensor.__neg__ = negate
 
-# %% ../../nbs/11_elementwise.ipynb #c037
+# %% ../../nbs/11_elementwise.ipynb #c038
 class EWiseSub(ZipOp):
     r"$z = a-b$"
     def compute(self, a, b): return a - b
     def gradient(self, out_grad, node): return out_grad, -out_grad if node.inputs[1].needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c038
+# %% ../../nbs/11_elementwise.ipynb #c039
 subtract = _binary('subtract', EWiseSub(), lambda s: AddScalar(-s))
 subtract.__doc__ = r"$a-b$, elementwise"
 Tensor.subtract = Tensor.sub = Tensor.__sub__ = subtract
 Tensor.__rsub__ = lambda self, other: add(-self, other)
 
-# %% ../../nbs/11_elementwise.ipynb #c042
+# %% ../../nbs/11_elementwise.ipynb #c043
 class EWiseDiv(ZipOp):
     r"$z = a/b$"
     def compute(self, a, b): return a / b
@@ -231,20 +231,20 @@ class EWiseDiv(ZipOp):
         g = out_grad/b
         return g, -(g*node) if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c043
+# %% ../../nbs/11_elementwise.ipynb #c044
 class DivScalar(ScalarOp):
     r"$y = x/s$; its own adjoint"
     def compute(self, x): return x / self.beside(x)
     def gradient(self, out_grad, node): return self(out_grad)
 
-# %% ../../nbs/11_elementwise.ipynb #c044
+# %% ../../nbs/11_elementwise.ipynb #c045
 divide = _binary('divide', EWiseDiv(), DivScalar)
 divide.__doc__ = r"$a/b$, elementwise"
 divide_scalar = _scalar('divide_scalar', DivScalar)
 divide_scalar.__doc__ = r"$a/s$, elementwise"
 Tensor.divide = Tensor.div = Tensor.__truediv__ = divide
 
-# %% ../../nbs/11_elementwise.ipynb #c050
+# %% ../../nbs/11_elementwise.ipynb #c051
 class PowerScalar(ScalarOp):
     r"$y = x^s$"
     def compute(self, x): return x ** self.scalar
@@ -252,7 +252,7 @@ class PowerScalar(ScalarOp):
         x,s = node.inputs[0],self.scalar
         return out_grad*(x*2 if s==2 else -(node*node) if s==-1 else x**(s-1)*s if s else x*0)
 
-# %% ../../nbs/11_elementwise.ipynb #c051
+# %% ../../nbs/11_elementwise.ipynb #c052
 class EWisePow(ZipOp):
     r"$z = a^b$"
     def compute(self, a, b): return a ** b
@@ -261,7 +261,7 @@ class EWisePow(ZipOp):
         return (out_grad*(b*a**(b - 1 + (b==0))) if a.needs else None,
                 out_grad*node*log(a + (a==0))    if b.needs else None)
 
-# %% ../../nbs/11_elementwise.ipynb #c052
+# %% ../../nbs/11_elementwise.ipynb #c053
 def _constant(s, x):
     "The number `s` in the dtype that it takes beside `x`"
     return Tensor.make_const(np.asarray(s, x.dtype if x.dtype.kind=='f' else None)) if as_number(s) is not None else s
@@ -274,13 +274,13 @@ Tensor.power = Tensor.pow = Tensor.__pow__ = power
 Tensor.__rtruediv__ = lambda self, other: divide(other, self) if as_number(other) is None else multiply(power_scalar(self, -1.), other)
 Tensor.__rpow__ = lambda self, other: power(_constant(other, self), self)
 
-# %% ../../nbs/11_elementwise.ipynb #c055
+# %% ../../nbs/11_elementwise.ipynb #c056
 class Exp(MapOp):
     r"$y = e^x$"
     def compute(self, x): return xp(x).exp(x)
     def gradient(self, out_grad, node): return out_grad*node
 
-# %% ../../nbs/11_elementwise.ipynb #c056
+# %% ../../nbs/11_elementwise.ipynb #c057
 _exp = Exp().__call__
 def exp(
     a:Tensor, # any shape
@@ -290,13 +290,13 @@ def exp(
 
 Tensor.exp = exp
 
-# %% ../../nbs/11_elementwise.ipynb #c062
+# %% ../../nbs/11_elementwise.ipynb #c063
 class Log(MapOp):
     r"$y = \ln x$"
     def compute(self, x): return xp(x).log(x)
     def gradient(self, out_grad, node): return out_grad/node.inputs[0]
 
-# %% ../../nbs/11_elementwise.ipynb #c063
+# %% ../../nbs/11_elementwise.ipynb #c064
 _log = Log().__call__
 def log(
     a:Tensor, # any shape, every element positive
@@ -306,7 +306,7 @@ def log(
 
 Tensor.log = log
 
-# %% ../../nbs/11_elementwise.ipynb #c069
+# %% ../../nbs/11_elementwise.ipynb #c071
 @dataclass(frozen=True)
 class Compare(ZipOp):
     "Elementwise comparison of two tensors, by a function of the module `operator`"
@@ -314,7 +314,7 @@ class Compare(ZipOp):
     differentiable = False
     def compute(self, a, b): return getattr(operator, self.name)(a, b)
 
-# %% ../../nbs/11_elementwise.ipynb #c070
+# %% ../../nbs/11_elementwise.ipynb #c072
 @dataclass(frozen=True)
 class CompareScalar(ScalarOp):
     "Elementwise comparison with a number, on the right"
@@ -322,7 +322,7 @@ class CompareScalar(ScalarOp):
     differentiable = False
     def compute(self, x): return getattr(operator, self.name)(x, self.beside(x))
 
-# %% ../../nbs/11_elementwise.ipynb #c071
+# %% ../../nbs/11_elementwise.ipynb #c073
 for _name in 'eq ne lt le gt ge'.split():
     _f = _binary(_name, Compare(_name), lambda s, name=_name: CompareScalar(s, name))
     _f.__doc__ = f"Elementwise comparison, `operator.{_name}`; a boolean tensor"
@@ -332,10 +332,10 @@ for _name in 'eq ne lt le gt ge'.split():
 Tensor.__hash__ = object.__hash__
 Tensor.__invert__ = lambda self: self==False
 
-# %% ../../nbs/11_elementwise.ipynb #c072
+# %% ../../nbs/11_elementwise.ipynb #c074
 _all_ = ['eq', 'ne', 'lt', 'le', 'gt', 'ge', 'add', 'add_scalar', 'multiply', 'mul_scalar', 'subtract', 'divide', 'divide_scalar', 'power', 'power_scalar']
 
-# %% ../../nbs/11_elementwise.ipynb #c078
+# %% ../../nbs/11_elementwise.ipynb #c080
 class Gate(ZipOp):
     r"$z = a\,[b>0]$: passes `a` where `b` is positive"
     def compute(self, a, b): return a * xp(b).astype(b > _zero(b), a.dtype)
@@ -343,13 +343,13 @@ class Gate(ZipOp):
         b = node.inputs[1]
         return self(out_grad, b), None
 
-# %% ../../nbs/11_elementwise.ipynb #c079
+# %% ../../nbs/11_elementwise.ipynb #c081
 class ReLU(MapOp):
     r"$y = \max(x, 0)$, with slope 0 at 0"
     def compute(self, x): return xp(x).maximum(x, _zero(x))
     def gradient(self, out_grad, node): return _gate(out_grad, node)
 
-# %% ../../nbs/11_elementwise.ipynb #c080
+# %% ../../nbs/11_elementwise.ipynb #c082
 _relu,_gate,_zero = ReLU().__call__,Gate().__call__,AddScalar(0.).beside
 def relu(
     a:Tensor, # any shape

@@ -47,7 +47,7 @@ def matmul(
 Tensor.matmul = Tensor.__matmul__ = matmul
 Tensor.__rmatmul__ = lambda self, other: matmul(other, self)
 
-# %% ../../nbs/13_linalg.ipynb #c017
+# %% ../../nbs/13_linalg.ipynb #c018
 class Linear(TensorOp):
     r"$Y = XW^\top + b$, X (r, n), W (m, n), b (m,)"
     def compute(self, x, w, *b):
@@ -59,7 +59,7 @@ class Linear(TensorOp):
         return (_matmul(out_grad, w) if x.needs else None, _matmul(transpose(out_grad), x) if w.needs else None,
                 *(summation(out_grad, (0,)) if b.needs else None for b in b))
 
-# %% ../../nbs/13_linalg.ipynb #c018
+# %% ../../nbs/13_linalg.ipynb #c019
 _linear = Linear()
 def linear(
     x:Tensor,           # (…, n)

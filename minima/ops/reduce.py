@@ -28,7 +28,7 @@ def mean(
 
 Tensor.mean = mean
 
-# %% ../../nbs/12_reduce.ipynb #c012
+# %% ../../nbs/12_reduce.ipynb #c013
 @dataclass(frozen=True)
 class LogSumExp(UnaryOp):
     r"$y = \ln\sum_{\text{axes}} e^x$"
@@ -43,13 +43,13 @@ class LogSumExp(UnaryOp):
         g,y = (restore_axes(t, x.shape, self.axes) for t in (out_grad, node))
         return g*exp(x - y)
 
-# %% ../../nbs/12_reduce.ipynb #c013
+# %% ../../nbs/12_reduce.ipynb #c014
 def _safe_max(x, axes):
     "The maximum, with its axes kept, or 0 where it is not finite and would make `x - m` not a number"
     m = xp(x).max(x, axis=axes, keepdims=True)
     return xp(x).where(xp(x).isfinite(m), m, xp(x).zeros_like(m))
 
-# %% ../../nbs/12_reduce.ipynb #c014
+# %% ../../nbs/12_reduce.ipynb #c015
 def logsumexp(
     a:Tensor,            # any shape
     axes=None,           # an axis or several; all of them if `None`
@@ -60,7 +60,7 @@ def logsumexp(
 
 Tensor.logsumexp = logsumexp
 
-# %% ../../nbs/12_reduce.ipynb #c020
+# %% ../../nbs/12_reduce.ipynb #c022
 @dataclass(frozen=True)
 class Softmax(UnaryOp):
     r"$y_i = e^{x_i}/\sum_j e^{x_j}$ along an axis"
@@ -72,7 +72,7 @@ class Softmax(UnaryOp):
         g = out_grad*node
         return g - node*summation(g, (self.axis,), True)
 
-# %% ../../nbs/12_reduce.ipynb #c021
+# %% ../../nbs/12_reduce.ipynb #c023
 def softmax(
     a:Tensor,    # scores
     axis:int=-1, # that the probabilities sum to 1 over
@@ -82,7 +82,7 @@ def softmax(
 
 Tensor.softmax = softmax
 
-# %% ../../nbs/12_reduce.ipynb #c024
+# %% ../../nbs/12_reduce.ipynb #c027
 @dataclass(frozen=True)
 class LogSoftmax(UnaryOp):
     r"$y_i = x_i - \ln\sum_j e^{x_j}$ along an axis"
@@ -93,7 +93,7 @@ class LogSoftmax(UnaryOp):
     def gradient(self, out_grad, node):
         return out_grad - exp(node)*summation(out_grad, (self.axis,), True)
 
-# %% ../../nbs/12_reduce.ipynb #c025
+# %% ../../nbs/12_reduce.ipynb #c028
 def log_softmax(
     a:Tensor,    # scores
     axis:int=-1, # that the probabilities sum to 1 over
@@ -103,7 +103,7 @@ def log_softmax(
 
 Tensor.log_softmax = log_softmax
 
-# %% ../../nbs/12_reduce.ipynb #c028
+# %% ../../nbs/12_reduce.ipynb #c032
 class SoftmaxCrossEntropy(ZipOp):
     "Mean over rows of the cross-entropy between scores and target distributions, both (n, k)"
     def compute(self, z, t):
@@ -116,7 +116,7 @@ class SoftmaxCrossEntropy(ZipOp):
         return ((softmax(z)*summation(t, (-1,), True) - t)*g if z.needs else None,
                 -log_softmax(z)*g if t.needs else None)
 
-# %% ../../nbs/12_reduce.ipynb #c029
+# %% ../../nbs/12_reduce.ipynb #c033
 _cross_entropy = SoftmaxCrossEntropy()
 def cross_entropy(
     logits:Tensor, # scores (n, k), not probabilities

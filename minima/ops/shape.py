@@ -73,7 +73,7 @@ def transpose(
 Tensor.transpose = transpose
 Tensor.T = property(lambda self: transpose(self), doc="The last two axes exchanged")
 
-# %% ../../nbs/10_shape.ipynb #c024
+# %% ../../nbs/10_shape.ipynb #c025
 @dataclass(frozen=True)
 class Permute(UnaryOp):
     "All axes in a given order"
@@ -83,7 +83,7 @@ class Permute(UnaryOp):
         n = len(self.axes)
         return Permute(tuple(sorted(range(n), key=lambda k: self.axes[k]%n)))(out_grad)
 
-# %% ../../nbs/10_shape.ipynb #c025
+# %% ../../nbs/10_shape.ipynb #c026
 def permute(
     a:Tensor, # n axes
     *axes,    # all n of them, as a tuple or as several integers
@@ -95,7 +95,7 @@ def permute(
 
 Tensor.permute = permute
 
-# %% ../../nbs/10_shape.ipynb #c029
+# %% ../../nbs/10_shape.ipynb #c030
 @dataclass(frozen=True)
 class BroadcastTo(UnaryOp):
     "Repeat along new axes and axes of size 1; the adjoint is a sum over what was repeated"
@@ -108,7 +108,7 @@ class BroadcastTo(UnaryOp):
         g = summation(out_grad, axes) if axes else out_grad
         return reshape(g, s) if g.shape!=s else g
 
-# %% ../../nbs/10_shape.ipynb #c030
+# %% ../../nbs/10_shape.ipynb #c031
 def broadcast_to(
     a:Tensor, # a shape that fits into `shape`
     *shape,   # of the result, as a tuple or as several integers
@@ -118,7 +118,7 @@ def broadcast_to(
 
 Tensor.broadcast_to = broadcast_to
 
-# %% ../../nbs/10_shape.ipynb #c033
+# %% ../../nbs/10_shape.ipynb #c034
 @dataclass(frozen=True)
 class Summation(UnaryOp):
     r"$y = \sum_{\text{axes}} x$; adjoint of `BroadcastTo`"
@@ -129,7 +129,7 @@ class Summation(UnaryOp):
         x = node.inputs[0]
         return broadcast_to(restore_axes(out_grad, x.shape, self.axes), x.shape)
 
-# %% ../../nbs/10_shape.ipynb #c034
+# %% ../../nbs/10_shape.ipynb #c035
 def restore_axes(
     g:Tensor,        # what a reduction of `shape` over `axes` has left
     shape:tuple,     # before the reduction
@@ -140,7 +140,7 @@ def restore_axes(
     kept = tuple([1 if i in axes else n for i,n in enumerate(shape)])
     return g if g.shape==kept else Reshape(kept)(g)
 
-# %% ../../nbs/10_shape.ipynb #c035
+# %% ../../nbs/10_shape.ipynb #c036
 def summation(
     a:Tensor,            # any shape
     axes=None,           # an axis or several; all of them if `None`
