@@ -27,6 +27,7 @@ class Op:
     differentiable = True # False: nothing flows back, as from a comparison
     def __call__(self, *inputs): raise NotImplementedError(f'{self!r} cannot be called')
     def compute(self, *arrays): raise NotImplementedError(f'{self!r} has no compute')
+    def meta(self, *metas): return self.compute(*metas) # shape and dtype of the result, from `Meta` arrays
     def gradient(self, out_grad, node): raise NotImplementedError(f'{self!r} has no gradient')
     def gradient_as_tuple(self, out_grad, node):
         g = self.gradient(out_grad, node)
@@ -65,7 +66,7 @@ class Value:
         level, self = mode.level, cls.__new__(cls)
         self.op,self.inputs,self.cached_data,self.grad,self.rank = op,inputs,None,None,next_rank()
         self.needs = bool(level & RECORD) and op.differentiable and any([i.needs for i in inputs])
-        if level & LAZY: self.meta = run_op(op, inputs, [_meta(i) for i in inputs])
+        if level & LAZY: self.meta = run_op(op, inputs, [_meta(i) for i in inputs], op.meta)
         else:
             self.cached_data = run_op(op, inputs, [i.realize_cached_data() for i in inputs])
             if not self.needs: self.op,self.inputs = None,()
@@ -96,9 +97,9 @@ def _describe(v):
     m = _meta(v)
     return f"({', '.join(f'{a.shape} {a.dtype}' for a in m)})" if isinstance(m, tuple) else f'{m.shape} {m.dtype}'
 
-def run_op(op, inputs, arrays):
-    "`op.compute`, whose errors name the operator and what came"
-    try: return op.compute(*arrays)
+def run_op(op, inputs, arrays, f=None):
+    "`op.compute`, or `f`, whose errors name the operator and what came"
+    try: return (f or op.compute)(*arrays)
     except Exception as e:
         message, kind = f"{op!r} of {', '.join(_describe(i) for i in inputs)}: {e}", type(e)
         try: error = kind(message)

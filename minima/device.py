@@ -132,6 +132,23 @@ def _reduction(f, a, axis=None, keepdims=False, **kwargs):
     y = f(np.zeros((1,), a.dtype), **kwargs)
     return Meta([1 if i in axes else n for i,n in enumerate(a.shape) if keepdims or i not in axes], y.dtype)
 
+def _same(f, a, *args, **kwargs):
+    if 'axis' in kwargs and kwargs['axis'] is not None: normalize_axis_tuple(kwargs['axis'], a.ndim)
+    return Meta(a.shape, f(np.zeros((1,)*max(a.ndim, 1), a.dtype), *args, **kwargs).dtype)
+
+def _concat(f, arrays, axis=0):
+    axis, = normalize_axis_tuple(axis, arrays[0].ndim)
+    y = f([np.zeros([n if i==axis else 0 for i,n in enumerate(a.shape)], a.dtype) for a in arrays], axis=axis)
+    rest = {a.shape[:axis] + a.shape[axis+1:] for a in arrays}
+    if len(rest)>1: raise ValueError(f'shapes {[a.shape for a in arrays]} differ in an axis other than {axis}')
+    return Meta([y.shape[axis] if i==axis else n for i,n in enumerate(arrays[0].shape)], y.dtype)
+
+def _stack(f, arrays, axis=0):
+    if len({a.shape for a in arrays})>1: raise ValueError(f'shapes {[a.shape for a in arrays]} differ')
+    axis, = normalize_axis_tuple(axis, arrays[0].ndim+1)
+    s = arrays[0].shape
+    return Meta((*s[:axis], len(arrays), *s[axis:]), np.result_type(*(a.dtype for a in arrays)))
+
 def _matmul(a, b):
     if not (a.ndim and b.ndim): raise ValueError(f'matmul: {a.shape} @ {b.shape}, an input has no axes')
     (m, k), (l, n) = (a.shape if a.ndim>1 else (1, *a.shape))[-2:], (b.shape if b.ndim>1 else (*b.shape, 1))[-2:]
@@ -143,7 +160,9 @@ def _matmul(a, b):
 class _MetaSpace:
     "The namespace of `Meta` arrays: NumPy's functions, sorted into families by what they do to a shape"
     reductions = 'sum prod max min mean var std any all argmax argmin'.split()
-    views = 'reshape permute_dims broadcast_to expand_dims squeeze flip astype moveaxis'.split()
+    views = 'reshape permute_dims broadcast_to expand_dims squeeze flip astype moveaxis swapaxes diagonal'.split()
+    same = 'cumulative_sum cumulative_prod sort argsort roll tril triu round'.split()
+    joins = dict(concat=_concat, stack=_stack)
     matmul = staticmethod(_matmul)
     __name__ = 'meta'
     @staticmethod
@@ -155,6 +174,8 @@ class _MetaSpace:
         f = getattr(np, name)
         if   name in self.reductions: rule = _reduction
         elif name in self.views: rule = _view
+        elif name in self.same: rule = _same
+        elif name in self.joins: rule = self.joins[name]
         elif name == 'where' or isinstance(f, np.ufunc): rule = _elementwise
         else: raise AttributeError(f'no rule gives the shape of numpy.{name}')
         rule = partial(rule, f)
