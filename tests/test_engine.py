@@ -102,3 +102,10 @@ def test_nothing_leaks_over_steps():
     for _ in range(100): step()
     gc.collect()
     assert len(gc.get_objects()) - before < 50
+
+def test_anomaly_names_the_users_line():
+    with mi.detect_anomaly(), np.errstate(all='ignore'):
+        x = Tensor([0.,1.])
+        with pytest.raises(FloatingPointError, match=r'(?s)Log\(\) gave.*input 0: \(2,\) float64 from 0 to 1.*test_engine.py:\d+: with pytest.*x\.log\(\)'): x.log()
+        y = x**.5 # finite, with an infinite slope at 0
+        with pytest.raises(FloatingPointError, match=r'(?s)in the gradient of PowerScalar.*test_engine.py:\d+: y = x\*\*\.5'): y.sum().backward()
