@@ -106,7 +106,10 @@ class Meta:
     def __init__(self,
         shape:tuple, # size of each axis
         dtype,       # NumPy's dtype
-    ): self.shape,self.dtype = tuple(shape),np.dtype(dtype)
+    ):
+        self.shape = tuple(shape)
+        try: self.dtype = np.dtype(dtype)
+        except TypeError: self.dtype = np.dtype(str(dtype).rpartition('.')[2]) # another library's, of the same name
     ndim = property(lambda self: len(self.shape))
     size = property(lambda self: int(np.prod(self.shape, dtype=np.int64)))
     nbytes = property(lambda self: self.size*self.dtype.itemsize)
