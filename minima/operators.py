@@ -16,6 +16,7 @@ __all__ = ['ledger', 'Case', 'all_operators', 'complex_step', 'twice', 'special_
 
 # %% ../nbs/19_operators.ipynb #c003
 from dataclasses import dataclass, field
+import warnings
 import numpy as np
 from .autograd import MakeTensorTuple, Op, Tensor, TensorOp, TensorTuple, TupleGetItem, UnaryOp, make_tuple, no_grad, tuple_get_item
 from .ops.shape import BroadcastTo, Permute, Reshape, Summation, Transpose, broadcast_to, permute, reshape, summation, transpose
@@ -118,7 +119,10 @@ def complex_step(
         v = rng.standard_normal(y.shape)
         y.backward(v)
         slope = sum((x.grad.numpy()*d).sum() for x,d in zip(xs, ds) if x.grad is not None)
-        try: z = case.f(*(Tensor.make_const(a + 1j*h*d if a.dtype.kind=='f' else a) for a,d in zip(arrays, ds))).cached_data
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('error', np.exceptions.ComplexWarning)
+                z = case.f(*(Tensor.make_const(a + 1j*h*d if a.dtype.kind=='f' else a) for a,d in zip(arrays, ds))).cached_data
         except Exception: return None # no complex version
         if np.asarray(z).dtype.kind!='c': return None
         error = abs((np.asarray(z).imag/h*v).sum() - slope)/max(1, abs(slope))
