@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from ..autograd import Tensor, TensorOp, UnaryOp
 from ..device import Meta, xp
-from .elementwise import add, astype, divide, multiply
+from .elementwise import astype
 from .shape import _ints, moveaxis, pad, repeat_interleave, reshape, summation
 from .reduce import mean
 from .linalg import matmul
@@ -200,17 +200,18 @@ def _one_dtype(tensors):
     dtype = np.result_type(*(t.dtype for t in tensors))
     return tuple(astype(t, dtype) for t in tensors)
 
-def _check_conv(name, d, x, weight, bias, groups, channels, outs):
-    "Shapes that fit each other: `channels` is what x has to have, `outs` what bias has to have"
-    ok = x.ndim==weight.ndim==d+2 and groups>0 and weight.shape[0]%groups==0
-    if not ok or x.shape[1]!=channels(weight.shape) or (bias is not None and bias.shape!=(outs(weight.shape),)):
-        raise ValueError(f"{name}: x {x.shape}, weight {weight.shape}, bias {'None' if bias is None else bias.shape}, groups {groups}; wanted "
-                         + ('x (n, c, …), weight (o, c/groups, …), bias (o,)' if not name.startswith('conv_t') else 'x (n, c, …), weight (c, o/groups, …), bias (o,)')
-                         + f' with {d} more axes, and groups that divide c and o')
+def _check_conv(name, d, x, weight, bias, groups, transposed=False):
+    "Whether the shapes fit each other"
+    s,b = weight.shape,None if bias is None else bias.shape
+    if x.ndim==len(s)==d+2 and groups>0 and s[0]%groups==0:
+        c,o = (s[0],s[1]*groups) if transposed else (s[1]*groups,s[0])
+        if x.shape[1]==c and b in (None, (o,)): return
+    wanted = 'weight (c, o/groups, …)' if transposed else 'weight (o, c/groups, …)'
+    raise ValueError(f'{name}: x {x.shape}, weight {s}, bias {b}, groups {groups}; wanted x (n, c, …), {wanted}, bias (o,), with {d} more axes, and groups that divide c and o')
 
 # %% ../../nbs/15_conv.ipynb #c026
 def _conv(name, d, x, weight, bias, stride, padding, dilation, groups):
-    _check_conv(name, d, x, weight, bias, groups, lambda s: s[1]*groups, lambda s: s[0])
+    _check_conv(name, d, x, weight, bias, groups)
     kernel = weight.shape[2:]
     if padding in ('same','valid'):
         dil = _each(f'{name}, dilation', dilation, d, 1)
@@ -248,7 +249,7 @@ def conv1d(
 
 # %% ../../nbs/15_conv.ipynb #c036
 def _conv_transpose(name, d, x, weight, bias, stride, padding, output_padding, groups, dilation):
-    _check_conv(name, d, x, weight, bias, groups, lambda s: s[0], lambda s: s[1]*groups)
+    _check_conv(name, d, x, weight, bias, groups, transposed=True)
     w = _windows(name, d, weight.shape[2:], stride, padding, dilation)
     extra = _each(f'{name}, output_padding', output_padding, d, 0)
     if any(e>=s for e,s in zip(extra, w.stride)): raise ValueError(f'{name}: output_padding {extra}, wanted less than the stride {w.stride}')
@@ -302,16 +303,17 @@ class MaxPool(UnaryOp):
 # %% ../../nbs/15_conv.ipynb #c044
 @dataclass(frozen=True)
 class PoolIndex(TensorOp):
-    "Which element of its window is the maximum: the first one, numbered by rows"
+    "Which element of its window is the maximum: how many stand before the first one"
     windows:Windows
     differentiable = False
     def compute(self, x, y):
-        places = self.windows.places(self.windows.pad(x, _lowest(x.dtype)))
         y = _batch_last(y)
-        index = np.zeros(y.shape, _index_dtype(self.windows))
-        for k,v in reversed(list(enumerate(places))): np.copyto(index, k, where=v==y)
-        if x.dtype.kind=='f' and np.isnan(y).any():
-            for k,v in enumerate(places): np.copyto(index, k, where=v!=v)
+        index,before = np.zeros(y.shape, _index_dtype(self.windows)),True
+        for v in self.windows.places(self.windows.pad(x, np.nan))[:-1]: # not even -inf is in the padding
+            before &= v!=y
+            index += before
+        if np.isnan(y).any():
+            for k,v in enumerate(self.windows.places(self.windows.pad(x))): np.copyto(index, k, where=v!=v)
         return _batch_first(index)
     def meta(self, x, y): return Meta(y.shape, _index_dtype(self.windows))
 
@@ -324,7 +326,8 @@ class PoolPut(TensorOp):
     def compute(self, y, index):
         y,index = _batch_last(y),_batch_last(index)
         z = np.zeros((y.shape[0], *self.windows.wide(self.size), y.shape[-1]), y.dtype)
-        for k,v in enumerate(self.windows.places(z)): v += np.where(index==k, y, 0)
+        finite = np.isfinite(y).all() # 0·∞ is not 0
+        for k,v in enumerate(self.windows.places(z)): v += y*(index==k) if finite else np.where(index==k, y, 0)
         return self.windows.crop(z)
     def meta(self, y, index): return Meta((*y.shape[:2], *self.size), y.dtype)
     def gradient(self, out_grad, node): return PoolTake(self.windows)(out_grad, node.inputs[1]), None
@@ -378,9 +381,9 @@ def max_pool1d(
 # %% ../../nbs/15_conv.ipynb #c054
 def _avg_pool(name, d, x, kernel, stride, padding, count_include_pad):
     w = _pool_windows(name, d, x, kernel, stride, padding, 1)
-    def total(x): return reshape(summation(reshape(Unfold(w)(x), (*x.shape[:2], _size(w.kernel), -1 if x.size else _size(w.count(x.shape[2:])))), (2,)), (*x.shape[:2], *w.count(x.shape[2:])))
-    if count_include_pad or not any(w.padding): return total(x) / _size(w.kernel)
-    return total(x) / total(Tensor.make_const(np.ones((1, 1, *x.shape[2:]), x.dtype)))
+    k,counts = _size(w.kernel),w.count(x.shape[2:])
+    def total(x): return summation(reshape(Unfold(w)(x), (*x.shape[:2], k, *counts)), (2,))
+    return total(x) / (k if count_include_pad else total(Tensor.make_const(np.ones((1, 1, *x.shape[2:]), x.dtype))))
 
 def avg_pool2d(
     x:Tensor,    # (n, c, h, w)
