@@ -36,8 +36,8 @@ class Windows:
     def inner(self, z): return z[(slice(None), *(slice(p, -p or None) for p in self.padding))]
     def pad(self, x, value=0):
         "(n, c, *size) → (c, *wide, n)"
-        z = xp(x).permute_dims(x, (*range(1, x.ndim), 0))
-        if not any(self.padding): return np.ascontiguousarray(z) # `view` needs it in one piece
+        z = _batch_last(x)
+        if not any(self.padding): return z
         y = np.full((z.shape[0], *self.wide(z.shape[1:-1]), z.shape[-1]), value, z.dtype)
         self.inner(y)[...] = z
         return y
@@ -57,6 +57,14 @@ class Windows:
 
 # %% ../../nbs/15_conv.ipynb #c009
 def _batch_first(z): return xp(z).permute_dims(z, (z.ndim-1, *range(z.ndim-1)))
+
+def _batch_last(x):
+    "(n, c, *size) → (c, *size, n), in one piece"
+    z = xp(x).permute_dims(x, (*range(1, x.ndim), 0))
+    if z.flags.c_contiguous: return z
+    y = np.empty(z.shape, z.dtype)
+    for i in range(0, len(x), 16): y[...,i:i+16] = z[...,i:i+16] # 16 float32 are a line of the cache
+    return y
 
 def _each(name, x, d, least):
     "A number for each of `d` axes"
@@ -147,7 +155,7 @@ class ConvOp(TensorOp):
     def rows(self, y):
         "(n, o, *count) → (g, o/g, count·n)"
         g,o = self.groups,y.shape[1]
-        return xp(y).permute_dims(y, (*range(1, y.ndim), 0)).reshape(g, o//g, y.size//o if o else 0)
+        return _batch_last(y).reshape(g, o//g, y.size//o if o else 0)
     def matrix(self, w):
         "(o, c/g, *kernel) → (g, o/g, c/g·kernel)"
         g,o = self.groups,w.shape[0]
@@ -348,7 +356,6 @@ class PoolTake(TensorOp):
         return PoolPut(self.windows, x.shape[2:])(out_grad, index), None
 
 # %% ../../nbs/15_conv.ipynb #c047
-def _batch_last(x): return np.ascontiguousarray(xp(x).permute_dims(x, (*range(1, x.ndim), 0)))
 def _lowest(dtype): return -np.inf if dtype.kind=='f' else False if dtype.kind=='b' else np.iinfo(dtype).min
 def _index_dtype(windows): return np.min_scalar_type(_size(windows.kernel)-1)
 
