@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Picked', 'mean', 'Var', 'var', 'Std', 'std', 'Max', 'Min', 'max', 'min', 'ArgMax', 'ArgMin', 'argmax', 'argmin',
            'All', 'Any', 'all', 'any', 'Norm', 'norm', 'LogSumExp', 'logsumexp', 'Softmax', 'softmax', 'LogSoftmax',
-           'log_softmax', 'SoftmaxCrossEntropy', 'cross_entropy', 'LayerNorm', 'layer_norm', 'TakeAlongAxis',
-           'AddAlongAxis', 'as_axis', 'as_places', 'take_along_axis', 'ArgSort', 'argsort', 'sort', 'ArgTopK', 'topk',
-           'ArgMedian', 'Median', 'median', 'CumSum', 'cumsum', 'Shift', 'LinearScan', 'linear_scan', 'CumProd', 'Prod',
-           'cumprod', 'prod']
+           'log_softmax', 'SoftmaxCrossEntropy', 'cross_entropy', 'LayerNorm', 'LayerNormAdjoint', 'layer_norm',
+           'TakeAlongAxis', 'AddAlongAxis', 'as_axis', 'as_places', 'take_along_axis', 'ArgSort', 'argsort', 'sort',
+           'ArgTopK', 'topk', 'ArgMedian', 'Median', 'median', 'CumSum', 'cumsum', 'Shift', 'LinearScan', 'linear_scan',
+           'CumProd', 'Prod', 'cumprod', 'prod']
 
 # %% ../../nbs/12_reduce.ipynb #c003
 from collections import namedtuple
@@ -352,32 +352,57 @@ def cross_entropy(
     return _cross_entropy(logits, target)
 
 # %% ../../nbs/12_reduce.ipynb #c075
+def _standardize(x, naxes, eps):
+    "Numbers with mean 0 and variance 1 as rows, and r as a column"
+    n = product(x.shape[-naxes:])
+    y = xp(x).reshape(x, (product(x.shape[:-naxes]), n))
+    y = y - xp(x).sum(y, axis=-1, keepdims=True)/n
+    r = 1/xp(x).sqrt(xp(x).vecdot(y, y)/n + eps)[:,None]
+    y *= r
+    return y,r
+
+# %% ../../nbs/12_reduce.ipynb #c076
 @dataclass(frozen=True)
 class LayerNorm(TensorOp):
     r"$y = \hat x w + b$, $\hat x$ with mean 0 and variance 1 over the last axes; $w$ and $b$ may be left out"
     naxes:int        # how many of the last axes
     eps:float = 1e-5 # added to the variance
     def compute(self, x, *wb):
-        n = product(x.shape[-self.naxes:])
-        y = xp(x).reshape(x, (product(x.shape[:-self.naxes]), n))
-        y = y - xp(x).sum(y, axis=-1, keepdims=True)/n
-        y *= 1/xp(x).sqrt(xp(x).vecdot(y, y)/n + self.eps)[:,None]
-        y = xp(x).reshape(y, x.shape)
+        y = xp(x).reshape(_standardize(x, self.naxes, self.eps)[0], x.shape)
         if wb: y *= wb[0]
         if len(wb)>1: y += wb[1]
         return y
     def meta(self, x, *wb): return x
     def gradient(self, out_grad, node):
         x,*wb = node.inputs
-        last,rest = tuple(range(-self.naxes, 0)),tuple(range(x.ndim-self.naxes))
-        d = x - mean(x, last, True)
-        r = (mean(d*d, last, True) + self.eps)**-.5
-        x_hat = d*r
-        h = out_grad*wb[0] if wb else out_grad
-        return ((h - mean(h, last, True) - x_hat*mean(h*x_hat, last, True))*r if x.needs else None,
-                *(summation(g, rest) for g in (out_grad*x_hat, out_grad)[:len(wb)]))
+        rest = tuple(range(x.ndim-self.naxes))
+        return (LayerNormAdjoint(self.naxes, self.eps)(x, out_grad*wb[0] if wb else out_grad) if x.needs else None,
+                *(summation(out_grad if i else out_grad*LayerNorm(self.naxes, self.eps)(x), rest) if t.needs else None for i,t in enumerate(wb)))
 
-# %% ../../nbs/12_reduce.ipynb #c076
+# %% ../../nbs/12_reduce.ipynb #c077
+@dataclass(frozen=True)
+class LayerNormAdjoint(TensorOp):
+    r"$A_x h = r\,(h-\overline h-\hat x\,\overline{\hat x h})$ over the last axes"
+    naxes:int        # how many of the last axes
+    eps:float = 1e-5 # added to the variance
+    def compute(self, x, h):
+        y,r = _standardize(x, self.naxes, self.eps)
+        n,h = y.shape[1],xp(x).reshape(h, y.shape)
+        y *= xp(x).vecdot(h, y)[:,None]/n
+        y += xp(x).sum(h, axis=-1, keepdims=True)/n
+        y -= h
+        y *= -r
+        return xp(x).reshape(y, x.shape)
+    def meta(self, x, h): return x
+    def gradient(self, out_grad, node):
+        (x,h),last = node.inputs,tuple(range(-self.naxes, 0))
+        over = lambda t: mean(t, last, True)
+        x_hat = LayerNorm(self.naxes, self.eps)(x)
+        r = (Var(last, 0, True)(x) + self.eps)**-.5
+        return (-r*(over(out_grad*node)*x_hat + self(x, over(x_hat*h)*out_grad + over(x_hat*out_grad)*h)) if x.needs else None,
+                self(x, out_grad))
+
+# %% ../../nbs/12_reduce.ipynb #c078
 def layer_norm(
     x:Tensor,           # (…, *shape)
     shape,              # sizes of the last axes, an integer or several
@@ -395,7 +420,7 @@ def layer_norm(
     dtype = np.result_type(*(t.dtype for t in inputs))
     return LayerNorm(len(shape), eps)(*(astype(t, dtype) for t in inputs))
 
-# %% ../../nbs/12_reduce.ipynb #c083
+# %% ../../nbs/12_reduce.ipynb #c085
 @dataclass(frozen=True)
 class TakeAlongAxis(TensorOp):
     "Numbers at given places along an axis; adjoint of `AddAlongAxis`"
@@ -406,7 +431,7 @@ class TakeAlongAxis(TensorOp):
         x,places = node.inputs
         return AddAlongAxis(self.axis, x.shape[self.axis])(out_grad, places), None
 
-# %% ../../nbs/12_reduce.ipynb #c084
+# %% ../../nbs/12_reduce.ipynb #c086
 @dataclass(frozen=True)
 class AddAlongAxis(TensorOp):
     "Zeros, with numbers added in at given places along an axis; adjoint of `TakeAlongAxis`"
@@ -420,14 +445,14 @@ class AddAlongAxis(TensorOp):
     def meta(self, y, places): return Meta([self.size if i==self.axis % y.ndim else n for i,n in enumerate(y.shape)], y.dtype)
     def gradient(self, out_grad, node): return TakeAlongAxis(self.axis)(out_grad, node.inputs[1]), None
 
-# %% ../../nbs/12_reduce.ipynb #c085
+# %% ../../nbs/12_reduce.ipynb #c087
 def _add_at(shape, places, y):
     "Zeros, with `y` added in at flat places; in one dimension, where `np.add.at` is fast"
     x = np.zeros(shape, y.dtype)
     np.add.at(x.reshape(-1), places.reshape(-1), np.ascontiguousarray(y).reshape(-1))
     return x
 
-# %% ../../nbs/12_reduce.ipynb #c086
+# %% ../../nbs/12_reduce.ipynb #c088
 def as_axis(
     name:str, # of the function that asks, for the message
     a:Tensor, # at least one axis
@@ -451,7 +476,7 @@ def as_places(
     if p is not None and p.size and not (0 <= p.min() and p.max() < n): raise IndexError(f'{name}: places from {p.min()} to {p.max()}, wanted 0 to {n-1}')
     return places
 
-# %% ../../nbs/12_reduce.ipynb #c087
+# %% ../../nbs/12_reduce.ipynb #c089
 def take_along_axis(
     a:Tensor,    # any shape with at least one axis
     places,      # integers, with as many axes; the sizes of the other axes broadcast
@@ -470,7 +495,7 @@ def take_along_axis(
 
 Tensor.take_along_axis = take_along_axis
 
-# %% ../../nbs/12_reduce.ipynb #c093
+# %% ../../nbs/12_reduce.ipynb #c095
 @dataclass(frozen=True)
 class ArgSort(UnaryOp):
     "Places of the numbers along an axis, in order; equal numbers keep theirs"
@@ -482,7 +507,7 @@ class ArgSort(UnaryOp):
         back = xp(x).argsort(xp(x).flip(x, axis=self.axis), axis=self.axis, stable=True)
         return x.shape[self.axis]-1 - xp(x).flip(back, axis=self.axis)
 
-# %% ../../nbs/12_reduce.ipynb #c094
+# %% ../../nbs/12_reduce.ipynb #c096
 Picked = namedtuple('Picked', 'values indices')
 
 def argsort(
@@ -495,7 +520,7 @@ def argsort(
 
 Tensor.argsort = argsort
 
-# %% ../../nbs/12_reduce.ipynb #c095
+# %% ../../nbs/12_reduce.ipynb #c097
 def sort(
     a:Tensor,              # any shape with at least one axis
     axis:int=-1,           # to sort along
@@ -507,7 +532,7 @@ def sort(
 
 Tensor.sort = sort
 
-# %% ../../nbs/12_reduce.ipynb #c098
+# %% ../../nbs/12_reduce.ipynb #c100
 @dataclass(frozen=True)
 class ArgTopK(UnaryOp):
     "Places of the largest k numbers along an axis, or of the smallest, in order"
@@ -523,7 +548,7 @@ class ArgTopK(UnaryOp):
         return np.take_along_axis(best, ArgSort(axis, self.largest).compute(np.take_along_axis(x, best, axis)), axis)
     def meta(self, x): return Meta([self.k if i==self.axis%x.ndim else n for i,n in enumerate(x.shape)], np.int64)
 
-# %% ../../nbs/12_reduce.ipynb #c099
+# %% ../../nbs/12_reduce.ipynb #c101
 def topk(
     a:Tensor,          # any shape with at least one axis
     k:int,             # how many, from 0 to the size of the axis
@@ -538,31 +563,36 @@ def topk(
 
 Tensor.topk = topk
 
-# %% ../../nbs/12_reduce.ipynb #c101
+# %% ../../nbs/12_reduce.ipynb #c103
+def _lower_median(x, axis): # NumPy only
+    "The lower median along an axis, which stays with size 1; NaN if one is there"
+    k,n = (x.shape[axis]-1)//2,x.shape[axis]
+    y = np.take(np.partition(x, (k, n-1), axis=axis), [k,n-1], axis) # NaN is last
+    middle,last = np.split(y, 2, axis)
+    return np.where(last==last, middle, last)
+
+def _same(x, y): return (x==y) | ((x!=x) & (y!=y))
+
+# %% ../../nbs/12_reduce.ipynb #c104
 @dataclass(frozen=True)
 class ArgMedian(UnaryOp):
-    "Place of the lower median along an axis, which stays with size 1; of the first NaN if there is one"
+    "Place of the lower median along an axis, which stays with size 1; the first, if several tie"
     axis:int
     differentiable = False
-    def compute(self, x): # NumPy only
-        middle = np.take(np.argsort(x, axis=self.axis, stable=True), [(x.shape[self.axis]-1)//2], self.axis)
-        nan = np.isnan(x)
-        return np.where(nan.any(axis=self.axis, keepdims=True), nan.argmax(axis=self.axis, keepdims=True), middle)
+    def compute(self, x): return (_same(x, _lower_median(x, self.axis))).argmax(axis=self.axis, keepdims=True)
     def meta(self, x): return Meta([1 if i==self.axis else n for i,n in enumerate(x.shape)], np.int64)
 
-# %% ../../nbs/12_reduce.ipynb #c102
+# %% ../../nbs/12_reduce.ipynb #c105
 class Median(UnaryOp):
     "The lower median of all numbers; those equal to it share the adjoint"
-    def compute(self, x): # NumPy only
-        x = x.reshape(-1)
-        return x[ArgMedian(0).compute(x)[0]] if x.size else np.asarray(np.nan, x.dtype)
+    def compute(self, x): return _lower_median(x.reshape(-1), 0).reshape(()) if x.size else np.asarray(np.nan, x.dtype)
     def meta(self, x): return Meta((), x.dtype)
     def gradient(self, out_grad, node):
         x = node.inputs[0]
         chosen = astype(x==node, x.dtype) + (x!=x)*(node!=node)
         return chosen*(out_grad/summation(chosen))
 
-# %% ../../nbs/12_reduce.ipynb #c103
+# %% ../../nbs/12_reduce.ipynb #c106
 def median(
     a:Tensor,            # any shape
     axis=None,           # one axis; all numbers if `None`
@@ -578,7 +608,7 @@ def median(
 
 Tensor.median = median
 
-# %% ../../nbs/12_reduce.ipynb #c107
+# %% ../../nbs/12_reduce.ipynb #c110
 @dataclass(frozen=True)
 class CumSum(UnaryOp):
     r"$y_k = \sum_{i\le k} x_i$ along an axis; the adjoint runs the other way"
@@ -589,7 +619,7 @@ class CumSum(UnaryOp):
         return xp(x).flip(xp(x).cumulative_sum(xp(x).flip(x, axis=self.axis), axis=self.axis), axis=self.axis)
     def gradient(self, out_grad, node): return CumSum(self.axis, not self.reverse)(out_grad)
 
-# %% ../../nbs/12_reduce.ipynb #c108
+# %% ../../nbs/12_reduce.ipynb #c111
 def cumsum(
     a:Tensor,            # any shape with at least one axis
     axis:int,            # to run along
@@ -600,7 +630,7 @@ def cumsum(
 
 Tensor.cumsum = cumsum
 
-# %% ../../nbs/12_reduce.ipynb #c111
+# %% ../../nbs/12_reduce.ipynb #c114
 @dataclass(frozen=True)
 class Shift(UnaryOp):
     r"$y_i = x_{i-1}$ along an axis, and $y_0$ a constant; the adjoint shifts back"
@@ -615,13 +645,13 @@ class Shift(UnaryOp):
     def meta(self, x): return x
     def gradient(self, out_grad, node): return Shift(self.axis, not self.reverse)(out_grad)
 
-# %% ../../nbs/12_reduce.ipynb #c112
+# %% ../../nbs/12_reduce.ipynb #c115
 def _running(x, axis, reverse):
     "A view of `x` with the axis to run along first, in the direction of the run"
     x = x.swapaxes(axis, 0)
     return x[::-1] if reverse else x
 
-# %% ../../nbs/12_reduce.ipynb #c114
+# %% ../../nbs/12_reduce.ipynb #c117
 def _scan(a, b):
     "s[i] = a[i]*s[i-1] + b[i] along the first axis"
     s,n = b.copy(),len(b)
@@ -631,7 +661,7 @@ def _scan(a, b):
     s[2::2] += a[2::2]*s[1:n-1:2]
     return s
 
-# %% ../../nbs/12_reduce.ipynb #c115
+# %% ../../nbs/12_reduce.ipynb #c118
 @dataclass(frozen=True)
 class LinearScan(TensorOp):
     r"$s_i = a_i s_{i-1} + b_i$ along an axis; the adjoint runs the other way"
@@ -646,7 +676,7 @@ class LinearScan(TensorOp):
         g = LinearScan(self.axis, not self.reverse)(Shift(self.axis, not self.reverse)(a), out_grad)
         return g*Shift(self.axis, self.reverse)(node) if a.needs else None, g
 
-# %% ../../nbs/12_reduce.ipynb #c116
+# %% ../../nbs/12_reduce.ipynb #c119
 def linear_scan(
     a,                  # factors
     b,                  # what is added; `a` and `b` broadcast
@@ -657,7 +687,7 @@ def linear_scan(
     a,b = align('linear_scan', as_tensor(a, 'linear_scan'), as_tensor(b, 'linear_scan'))
     return LinearScan(as_axis('linear_scan', a, axis), reverse)(a, b)
 
-# %% ../../nbs/12_reduce.ipynb #c120
+# %% ../../nbs/12_reduce.ipynb #c123
 @dataclass(frozen=True)
 class CumProd(UnaryOp):
     r"$y_k = \prod_{i\le k} x_i$ along an axis"
@@ -670,7 +700,7 @@ class CumProd(UnaryOp):
         x,axis,reverse = node.inputs[0],self.axis,self.reverse
         return Shift(axis, reverse, 1.)(node) * LinearScan(axis, not reverse)(Shift(axis, not reverse)(x), out_grad)
 
-# %% ../../nbs/12_reduce.ipynb #c121
+# %% ../../nbs/12_reduce.ipynb #c124
 @dataclass(frozen=True)
 class Prod(UnaryOp):
     r"$y = \prod_i x_i$ along an axis"
@@ -682,7 +712,7 @@ class Prod(UnaryOp):
         left,right = (Shift(self.axis, reverse, 1.)(CumProd(self.axis, reverse)(x)) for reverse in (False,True))
         return left*right*restore_axes(out_grad, x.shape, (self.axis,))
 
-# %% ../../nbs/12_reduce.ipynb #c122
+# %% ../../nbs/12_reduce.ipynb #c125
 def cumprod(
     a:Tensor,           # any shape with at least one axis
     axis:int,           # to run along
@@ -693,7 +723,7 @@ def cumprod(
 
 Tensor.cumprod = cumprod
 
-# %% ../../nbs/12_reduce.ipynb #c123
+# %% ../../nbs/12_reduce.ipynb #c126
 def prod(
     a:Tensor,            # any shape
     axes=None,           # an axis or several; all of them if `None`
