@@ -352,11 +352,16 @@ def cross_entropy(
     return _cross_entropy(logits, target)
 
 # %% ../../nbs/12_reduce.ipynb #c075
+def _row_means(x): # as a product, which is faster than a sum
+    "(r, n) to (r, 1)"
+    n = x.shape[1]
+    return xp(x).matmul(x, xp(x).full((n,1), 1/n if n else 0, dtype=x.dtype))
+
 def _standardize(x, naxes, eps):
     "Numbers with mean 0 and variance 1 as rows, and r as a column"
     n = product(x.shape[-naxes:])
     y = xp(x).reshape(x, (product(x.shape[:-naxes]), n))
-    y = y - xp(x).sum(y, axis=-1, keepdims=True)/n
+    y = y - _row_means(y)
     r = 1/xp(x).sqrt(xp(x).vecdot(y, y)/n + eps)[:,None]
     y *= r
     return y,r
@@ -389,7 +394,7 @@ class LayerNormAdjoint(TensorOp):
         y,r = _standardize(x, self.naxes, self.eps)
         n,h = y.shape[1],xp(x).reshape(h, y.shape)
         y *= xp(x).vecdot(h, y)[:,None]/n
-        y += xp(x).sum(h, axis=-1, keepdims=True)/n
+        y += _row_means(h)
         y -= h
         y *= -r
         return xp(x).reshape(y, x.shape)
