@@ -83,28 +83,26 @@ def linear(
     return reshape(_linear(reshape(x, (int(np.prod(s[:-1])),s[-1])), *inputs[1:]), (*s[:-1],len(weight)))
 
 # %% ../../nbs/13_linalg.ipynb #c025
-def _contract(a, la, b, lb, keep=()):
-    "The product of `a` and `b`, whose axes are labelled by `la` and `lb`, added over the labels of both that are not in `keep`; and the labels of the result"
+def _plan_contraction(la, lb, size, keep=()):
+    "How to multiply tensors whose axes are labelled by `la` and `lb`, and add over the labels of both that are not in `keep`; and the labels of the result"
     batch,inner = [l for l in la if l in lb and l in keep],[l for l in la if l in lb and l not in keep]
     left,right  = [l for l in la if l not in lb],[l for l in lb if l not in la]
-    size = dict(zip((*la,*lb), a.shape+b.shape))
     def dims(ls): return tuple([size[l] for l in ls])
-    def join(*groups): return dims(batch) + tuple([int(np.prod(dims(g))) for g in groups])
+    def axes(labels, order): return tuple([labels.index(l) for l in order])
     if inner:
-        a = _as_shape(_arrange(a, la, batch+left+inner), join(left, inner))
-        b = _as_shape(_arrange(b, lb, batch+inner+right), join(inner, right))
-        c = matmul(a, b)
-    else: c = multiply(_as_shape(_arrange(a, la, batch+left), dims(batch+left) + (1,)*len(right)),
-                       _as_shape(_arrange(b, lb, batch+right), dims(batch) + (1,)*len(left) + dims(right)))
-    return _as_shape(c, dims(batch+left+right)), batch+left+right
+        m,k,n = (int(np.prod(dims(ls))) for ls in (left,inner,right))
+        a,b,f = (axes(la, batch+left+inner), dims(batch)+(m,k)),(axes(lb, batch+inner+right), dims(batch)+(k,n)),matmul
+    else: a,b,f = (axes(la, batch+left), dims(batch+left)+(1,)*len(right)),(axes(lb, batch+right), dims(batch)+(1,)*len(left)+dims(right)),multiply
+    return (f, a, b, dims(batch+left+right)), batch+left+right
+
+def _contract(plan, a, b):
+    f,s,t,shape = plan
+    return _as_shape(f(_rearrange(a, *s), _rearrange(b, *t)), shape)
 
 # %% ../../nbs/13_linalg.ipynb #c026
-def _arrange(a, labels, order):
-    "The axes of `a` in the order of labels `order`"
-    axes = tuple([labels.index(l) for l in order])
-    return a if axes==tuple(range(a.ndim)) else permute(a, axes)
-
 def _as_shape(a, shape): return a if a.shape==shape else reshape(a, shape)
+def _as_order(a, axes): return a if axes==tuple(range(a.ndim)) else permute(a, axes)
+def _rearrange(a, axes, shape): return _as_shape(_as_order(a, axes), shape)
 
 # %% ../../nbs/13_linalg.ipynb #c028
 def tensordot(
@@ -121,7 +119,7 @@ def tensordot(
     if [a.shape[k] for k in i]!=[b.shape[k] for k in j]: raise ValueError(f'tensordot: axes {i} of {a.shape} and {j} of {b.shape} differ in size or number')
     la,lb = list(range(a.ndim)),[a.ndim+k for k in range(b.ndim)]
     for k,l in zip(i, j): lb[l] = la[k]
-    return _contract(a, la, b, lb)[0]
+    return _contract(_plan_contraction(la, lb, dict(zip(la+lb, a.shape+b.shape)))[0], a, b)
 
 # %% ../../nbs/13_linalg.ipynb #c029
 def dot(
@@ -217,88 +215,104 @@ def trace(
 Tensor.trace = trace
 
 # %% ../../nbs/13_linalg.ipynb #c044
-def _read_einsum(args):
-    "The labels of each operand, those of the result or `None`, and the operands; `...` stays one label"
-    if not isinstance(args[0], str):
-        n = len(args)//2*2
-        return [tuple(t) for t in args[1:n:2]], tuple(args[n]) if n<len(args) else None, args[:n:2]
+def _read_formula(formula, n):
+    "The labels of each of `n` operands, and those of the result or `None`; `...` stays one label"
+    if not isinstance(formula, str): return formula
     def labels(term):
         before,dots,after = term.partition('...')
         for c in before+after:
-            if c not in ascii_letters: raise ValueError(f'einsum: {c!r} in {args[0]!r}; wanted letters, commas, one ... for each operand, and ->')
+            if c not in ascii_letters: raise ValueError(f'einsum: {c!r} in {formula!r}; wanted letters, commas, one ... for each operand, and ->')
         return (*before, *((...,) if dots else ()), *after)
-    left,arrow,right = args[0].replace(' ', '').partition('->')
+    left,arrow,right = formula.replace(' ', '').partition('->')
     terms = [labels(t) for t in left.split(',')]
-    if len(terms)!=len(args)-1: raise ValueError(f'einsum: {args[0]!r} is for {len(terms)} operands, got {len(args)-1}')
-    return terms, labels(right) if arrow else None, args[1:]
+    if len(terms)!=n: raise ValueError(f'einsum: {formula!r} is for {len(terms)} operands, got {n}')
+    return terms, labels(right) if arrow else None
 
 # %% ../../nbs/13_linalg.ipynb #c045
-@lru_cache(1000)
-def _plan_einsum(terms, out, shapes):
-    "Labels of all axes of the operands and of the result, the size of each label, the labels that each operand shares with others, and the pairs to contract"
-    def what(): return f"einsum: {','.join(''.join('...' if l is ... else str(l) for l in t) for t in terms)} of {', '.join(map(str, shapes))}"
-    full,size,widest = [],{},0
+def _label_axes(terms, out, shapes):
+    "A label for every axis of the operands and of the result, and the size of each label"
+    what = f"einsum: {','.join(''.join('...' if l is ... else str(l) for l in t) for t in terms)} of {', '.join(map(str, shapes))}"
+    full,size,dots = [],{},[]
     for t,s in zip(terms, shapes):
-        rest = len(s)-len(t)+1 if ... in t else 0 # axes that `...` stands for
-        if rest<0 or len(t)-(... in t)+rest!=len(s): raise ValueError(f'{what()}: {len(t)-(... in t)} labels for {len(s)} axes')
-        i,widest = t.index(...) if ... in t else 0, max(widest, rest)
-        t = (*t[:i], *((..., k) for k in range(rest,0,-1)), *t[i+1:]) if ... in t else t
-        for k,(l,n) in enumerate(zip(t, s)):
-            if s[t.index(l)]!=n or n!=1!=size.get(l,n)!=n: raise ValueError(f'{what()}: label {l} has sizes {s[t.index(l)] if s[t.index(l)]!=n else size[l]} and {n}')
-            if n!=1 or l not in size: size[l] = n
+        named = len(t) - (... in t)
+        if len(s)<named or ... not in t and len(s)!=named: raise ValueError(f'{what}: {named} labels for {len(s)} axes')
+        rest = [(..., k) for k in range(len(s)-named,0,-1)] # numbered from the right, as they broadcast
+        dots = max(dots, rest, key=len)
+        t = tuple(m for l in t for m in (rest if l is ... else [l]))
+        for l,n in zip(t, s):
+            first,m = s[t.index(l)],size.get(l, 1) # of this operand, of those before it
+            if first!=n or 1!=m!=n!=1: raise ValueError(f'{what}: label {l} has sizes {first if first!=n else m} and {n}')
+            size[l] = n if m==1 else m
         full.append(t)
-    dots,every = [(..., k) for k in range(widest,0,-1)],[l for t in full for l in t]
-    if out is None: out = dots + sorted(l for l in set(every)-set(dots) if every.count(l)==1)
-    else: out = [m for l in out for m in (dots if l is ... else [l])]
+    every = [l for t in full for l in t]
+    if out is None: out = [...] + sorted(l for l in {*every}-{*dots} if every.count(l)==1)
+    out = [m for l in out for m in (dots if l is ... else [l])]
     for l in out:
-        if l not in size or out.count(l)>1: raise ValueError(f"{what()}: label {l} of the result is {'there twice' if l in size else 'in no operand'}")
-    thick = [[l for l,n in zip(t, s) if n==size[l]] for t,s in zip(full, shapes)] # labels of axes that do more than broadcast
-    return full, out, size, [{*out}.union(*thick[:k], *thick[k+1:]) for k in range(len(full))], _pairs(thick, out, size)
+        if l not in size or out.count(l)>1: raise ValueError(f"{what}: label {l} of the result is {'there twice' if l in size else 'in no operand'}")
+    return full, out, size
 
+# %% ../../nbs/13_linalg.ipynb #c046
 def _pairs(terms, out, size):
     "Which two of the operands to contract, and again, until one is left; each result goes to the end"
     n,steps = len(terms),[range(len(terms))]
     if n>2 and len(size)<=len(ascii_letters):
         name = dict(zip(size, ascii_letters))
-        word = lambda ls: ''.join(dict.fromkeys(name[l] for l in ls))
-        shape = lambda t: [size[l] for l in dict.fromkeys(t)]
-        _,*steps = np.einsum_path(f"{','.join(map(word, terms))}->{word(out)}", *(np.broadcast_to(0., shape(t)) for t in terms), optimize='greedy')[0]
-    pairs = []
+        def word(ls): return ''.join(name[l] for l in ls)
+        _,*steps = np.einsum_path(f"{','.join(map(word, terms))}->{word(out)}", *(np.broadcast_to(0., [size[l] for l in t]) for t in terms), optimize='greedy')[0]
     for step in map(sorted, steps):
         while len(step)>1:
-            pairs.append(tuple(step[-2:]))
+            yield step[-2:]
             n -= 1
             step = [*step[:-2], n-1]
-    return pairs
-
-# %% ../../nbs/13_linalg.ipynb #c046
-def _simplify(a, labels, size, others):
-    "Diagonals of labels that are there twice, without axes that only broadcast, and summed over labels that no one else has"
-    while repeated := [l for l in labels if labels.count(l)>1]:
-        i = labels.index(repeated[0]); j = labels.index(repeated[0], i+1)
-        rest = [k for k in range(a.ndim) if k not in (i,j)]
-        a,labels = _diagonal(permute(a, (*rest,i,j))),(*(labels[k] for k in rest),labels[i])
-    labels,a = ([l for l,n in zip(labels, a.shape) if size[l]==n],
-                _as_shape(a, tuple([n for l,n in zip(labels, a.shape) if size[l]==n])))
-    alone = tuple([k for k,l in enumerate(labels) if l not in others])
-    return (summation(a, alone) if alone else a), [l for l in labels if l in others]
 
 # %% ../../nbs/13_linalg.ipynb #c047
+@lru_cache(1000)
+def _plan_einsum(formula, shapes):
+    "What to do with each operand alone, which pairs to contract, and the last order of the axes"
+    terms,out,size = _label_axes(*_read_formula(formula, len(shapes)), shapes)
+    thick = [[l for l,n in zip(t, s) if n==size[l]] for t,s in zip(terms, shapes)] # labels of axes that do more than broadcast
+    shared = [{*out}.union(*thick[:k], *thick[k+1:]) for k in range(len(terms))]
+    alone = [None if len({*t} & s)==len(t)==len(l) else (t, size, s) for t,l,s in zip(terms, thick, shared)]
+    work,plans = [[l for l in dict.fromkeys(t) if l in s] for t,s in zip(thick, shared)],[]
+    for i,j in _pairs(work, out, size):
+        b,a = work.pop(j),work.pop(i)
+        plan,c = _plan_contraction(a, b, size, {*out}.union(*work))
+        work.append(c)
+        plans.append((i, j, plan))
+    return alone, plans, tuple([work[0].index(l) for l in out])
+
+# %% ../../nbs/13_linalg.ipynb #c048
+def _simplify(a, labels, size, shared):
+    "Diagonals of labels that are there twice, without axes that only broadcast, and summed over labels that are not `shared`"
+    left = list(labels)
+    while repeated := [l for l in left if left.count(l)>1]:
+        i = left.index(repeated[0]); j = left.index(repeated[0], i+1)
+        rest = [k for k in range(a.ndim) if k not in (i,j)]
+        a,left = _diagonal(permute(a, (*rest,i,j))),[*(left[k] for k in rest),left[i]]
+    a = _as_order(a, tuple([left.index(l) for l in dict.fromkeys(labels)]))
+    thick = [(l,n) for l,n in zip(dict.fromkeys(labels), a.shape) if size[l]==n]
+    a = _as_shape(a, tuple([n for _,n in thick]))
+    gone = tuple([k for k,(l,_) in enumerate(thick) if l not in shared])
+    return summation(a, gone) if gone else a
+
+# %% ../../nbs/13_linalg.ipynb #c049
 def einsum(
     *args, # a string and the operands; or each operand followed by a list of integers for its axes, and a list for the result
 ) -> Tensor:
     r"Sum of products by an index formula: `einsum('ij,jk->ik', a, b)` is $\sum_j a_{ij}b_{jk}$"
-    terms,out,operands = _read_einsum(args)
+    formula,*operands = args
+    if not isinstance(formula, str):
+        n = len(args)//2*2
+        operands,formula = args[:n:2],(tuple(map(tuple, args[1:n:2])), tuple(args[n]) if n<len(args) else None)
     operands = [as_tensor(a, 'einsum') for a in operands]
-    terms,out,size,shared,pairs = _plan_einsum(tuple(terms), out, tuple([a.shape for a in operands]))
-    work = [_simplify(a, t, size, s) for a,t,s in zip(operands, terms, shared)]
-    for i,j in pairs:
+    alone,plans,order = _plan_einsum(formula, tuple([a.shape for a in operands]))
+    work = [a if p is None else _simplify(a, *p) for a,p in zip(operands, alone)]
+    for i,j,plan in plans:
         b,a = work.pop(j),work.pop(i)
-        work.append(_contract(*a, *b, keep={*out}.union(*(l for _,l in work))))
-    a,labels = work[0]
-    return _arrange(a, labels, out)
+        work.append(_contract(plan, a, b))
+    return _as_order(work[0], order)
 
-# %% ../../nbs/13_linalg.ipynb #c061
+# %% ../../nbs/13_linalg.ipynb #c063
 class Inverse(UnaryOp):
     r"$Y = X^{-1}$ of the last two axes"
     def compute(self, x): return xp(x).linalg.inv(x)
@@ -307,7 +321,7 @@ class Inverse(UnaryOp):
         t = transpose(node)
         return -_matmul(_matmul(t, out_grad), t)
 
-# %% ../../nbs/13_linalg.ipynb #c062
+# %% ../../nbs/13_linalg.ipynb #c064
 _inverse = Inverse().__call__
 def _square(a, name):
     "`a`, if it holds square matrices of floating-point numbers"
@@ -324,7 +338,7 @@ def inverse(
 
 Tensor.inverse = inverse
 
-# %% ../../nbs/13_linalg.ipynb #c069
+# %% ../../nbs/13_linalg.ipynb #c071
 class Solve(TensorOp):
     r"$X = A^{-1}B$, A (…, n, n), B (…, n, k), equal batches"
     def compute(self, a, b): return xp(a).linalg.solve(a, b)
@@ -334,7 +348,7 @@ class Solve(TensorOp):
         g = self(transpose(a), out_grad)
         return -_matmul(g, transpose(node)) if a.needs else None, g if b.needs else None
 
-# %% ../../nbs/13_linalg.ipynb #c070
+# %% ../../nbs/13_linalg.ipynb #c072
 _solve = Solve()
 def solve(
     a, # (…, n, n), not singular
@@ -352,14 +366,14 @@ def solve(
 
 def _no_solve(s, t): raise ValueError(f'solve: a {s} and b {t}, wanted (…, n, n) and (…, n, k), (…, n) or (n,)')
 
-# %% ../../nbs/13_linalg.ipynb #c075
+# %% ../../nbs/13_linalg.ipynb #c077
 class Det(UnaryOp):
     r"$d = \det X$ of the last two axes"
     def compute(self, x): return xp(x).linalg.det(x)
     def meta(self, x): return Meta(x.shape[:-2], x.dtype)
     def gradient(self, out_grad, node): return _cofactor(node.inputs[0]) * reshape(out_grad, (*node.shape,1,1))
 
-# %% ../../nbs/13_linalg.ipynb #c077
+# %% ../../nbs/13_linalg.ipynb #c079
 class Cofactor(UnaryOp):
     r"$C_{ij} = \partial\det X/\partial X_{ij}$"
     def compute(self, x):
@@ -368,7 +382,7 @@ class Cofactor(UnaryOp):
     def meta(self, x): return x
     def gradient(self, out_grad, node): return _det_hessian(node.inputs[0], out_grad)
 
-# %% ../../nbs/13_linalg.ipynb #c078
+# %% ../../nbs/13_linalg.ipynb #c080
 class DetHessian(TensorOp):
     r"$H_X[G]$, the change of the cofactors of $X$ along $G$; symmetric in $G$"
     def compute(self, x, g):
@@ -386,7 +400,7 @@ class DetHessian(TensorOp):
         return (self(x, (g*a + u*b - u@t@g - g@t@u)/d) - c*_frobenius(u, node)/d,
                 self(x, out_grad) if g.needs else None)
 
-# %% ../../nbs/13_linalg.ipynb #c079
+# %% ../../nbs/13_linalg.ipynb #c081
 _det,_cofactor,_det_hessian = Det().__call__,Cofactor().__call__,DetHessian().__call__
 def _t(x): return xp(x).swapaxes(x, -1, -2) # of arrays, NumPy only
 def _frobenius(a, b): return summation(a*b, (-2,-1), True)
@@ -402,7 +416,7 @@ def _product_without(s):
     eye = xp(s).eye(s.shape[-1], dtype=s.dtype)
     return xp(s).prod(xp(s).where(eye==1, 1, s[...,None,:]), axis=-1)
 
-# %% ../../nbs/13_linalg.ipynb #c080
+# %% ../../nbs/13_linalg.ipynb #c082
 def det(
     a:Tensor, # (…, n, n)
 ) -> Tensor:  # (…)
@@ -411,7 +425,7 @@ def det(
 
 Tensor.det = det
 
-# %% ../../nbs/13_linalg.ipynb #c085
+# %% ../../nbs/13_linalg.ipynb #c087
 class SlogDet(Op):
     r"$(\operatorname{sign}\det X, \ln|\det X|)$ of the last two axes"
     def __call__(self, x): return TensorTuple.make_from_op(self, (x,))
@@ -420,7 +434,7 @@ class SlogDet(Op):
     def gradient(self, out_grad, node):
         return transpose(_inverse(node.inputs[0])) * reshape(out_grad[1], (*out_grad[1].shape,1,1))
 
-# %% ../../nbs/13_linalg.ipynb #c086
+# %% ../../nbs/13_linalg.ipynb #c088
 _slogdet = SlogDet()
 def slogdet(
     a:Tensor, # (…, n, n)
@@ -430,7 +444,7 @@ def slogdet(
 
 Tensor.slogdet = slogdet
 
-# %% ../../nbs/13_linalg.ipynb #c090
+# %% ../../nbs/13_linalg.ipynb #c092
 class Cholesky(UnaryOp):
     r"Lower triangular $L$ with $LL^\top = A$"
     def compute(self, a): return xp(a).linalg.cholesky(a)
@@ -442,7 +456,7 @@ class Cholesky(UnaryOp):
         s = transpose(_solve(t, transpose(s)))        # … L⁻¹
         return (s + transpose(s))/2
 
-# %% ../../nbs/13_linalg.ipynb #c091
+# %% ../../nbs/13_linalg.ipynb #c093
 _cholesky = Cholesky().__call__
 def cholesky(
     a:Tensor, # (…, n, n), symmetric and positive definite
