@@ -6,7 +6,7 @@
 __all__ = ['RECORD', 'LAZY', 'ANOMALY', 'mode', 'next_rank', 'new_tensor', 'Op', 'using', 'no_grad', 'enable_grad', 'lazy_mode',
            'detect_anomaly', 'is_grad_enabled', 'Value', 'run_op', 'note_write', 'user_line', 'check_finite', 'Tensor',
            'is_torch', 'TensorOp', 'UnaryOp', 'find_topo_sort', 'Handle', 'may_write', 'TensorTuple', 'MakeTensorTuple',
-           'TupleGetItem', 'make_tuple', 'tuple_get_item']
+           'TupleGetItem', 'make_tuple', 'tuple_get_item', 'FusedAddScalars', 'fused_add_scalars']
 
 # %% ../nbs/03_tensor.ipynb #c003
 import linecache, sys, threading
@@ -218,7 +218,8 @@ def shape(self:Tensor)->tuple:
 def dtype(self:Tensor):
     "NumPy's dtype of the elements"
     a = self.cached_data
-    return self.meta.dtype if a is None else a.dtype
+    if a is None: return self.meta.dtype
+    return a.dtype if isinstance(a.dtype, np.dtype) else Meta((), a.dtype).dtype # another library's, of the same name
 
 @patch(as_prop=True)
 def ndim(self:Tensor)->int:
@@ -581,10 +582,30 @@ def tuple_get_item(
     "One tensor of a tuple"
     n = len(value)
     if not -n <= index < n: raise IndexError(f'tuple_get_item: index {index} in a tuple of {n} tensors')
-    if isinstance(value.op, MakeTensorTuple): return value.op and value.inputs[index]
+    if isinstance(value.op, MakeTensorTuple): return value.inputs[index]
     return TupleGetItem(index % n)(value)
 
-# %% ../nbs/03_tensor.ipynb #c087
+# %% ../nbs/03_tensor.ipynb #c085
+@dataclass(frozen=True)
+class FusedAddScalars(Op):
+    "A number added to each of two tensors"
+    c0:float # to the first
+    c1:float # to the second
+    def __call__(self, a): return TensorTuple.make_from_op(self, (a,))
+    def compute(self, arrays): return arrays[0] + self.c0, arrays[1] + self.c1
+    def gradient(self, out_grad, node): return out_grad
+
+# %% ../nbs/03_tensor.ipynb #c086
+def fused_add_scalars(
+    value:TensorTuple, # of two tensors
+    c0:float,          # added to the first
+    c1:float,          # added to the second
+) -> TensorTuple:
+    "Add a number to each of two tensors"
+    if len(value)!=2: raise ValueError(f'fused_add_scalars: a tuple of {len(value)} tensors, wanted two')
+    return FusedAddScalars(c0, c1)(value)
+
+# %% ../nbs/03_tensor.ipynb #c089
 def _rebuild(cls, data, requires_grad, grad): 
     t = cls.make_const(data, requires_grad)
     t.grad = grad

@@ -4,34 +4,22 @@
 
 # %% auto #0
 __all__ = ['ledger', 'Case', 'all_operators', 'complex_step', 'twice', 'special_values', 'elsewhere', 'shape_marks',
-           'OperatorTable', 'run_case', 'operator_table', 'Op', 'TensorOp', 'UnaryOp', 'MapOp', 'ScalarOp', 'ZipOp',
-           'TensorTuple', 'MakeTensorTuple', 'TupleGetItem', 'BroadcastTo', 'Permute', 'Reshape', 'Summation',
-           'Transpose', 'AddScalar', 'AsType', 'Compare', 'CompareScalar', 'DivScalar', 'EWiseAdd', 'EWiseDiv',
-           'EWiseMul', 'EWisePow', 'EWiseSub', 'Exp', 'Gate', 'Log', 'MulScalar', 'Negate', 'PowerScalar', 'ReLU',
-           'LogSoftmax', 'LogSumExp', 'Softmax', 'SoftmaxCrossEntropy', 'Linear', 'MatMul', 'GetItem', 'PutItem',
-           'make_tuple', 'tuple_get_item', 'broadcast_to', 'permute', 'reshape', 'summation', 'transpose', 'add',
-           'add_scalar', 'subtract', 'multiply', 'mul_scalar', 'divide', 'divide_scalar', 'negate', 'power',
-           'power_scalar', 'exp', 'log', 'relu', 'astype', 'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'cross_entropy',
-           'log_softmax', 'logsumexp', 'mean', 'softmax', 'linear', 'matmul']
+           'OperatorTable', 'run_case', 'operator_table']
 
 # %% ../nbs/19_operators.ipynb #c003
 from dataclasses import dataclass, field
-import warnings
+import builtins, warnings # max, any and all are operators here
 import numpy as np
-from .autograd import MakeTensorTuple, Op, Tensor, TensorOp, TensorTuple, TupleGetItem, UnaryOp, make_tuple, no_grad, tuple_get_item
-from .ops.shape import BroadcastTo, Permute, Reshape, Summation, Transpose, broadcast_to, permute, reshape, summation, transpose
-from .ops.elementwise import AddScalar, AsType, Compare, CompareScalar, DivScalar, EWiseAdd, EWiseDiv, EWiseMul, EWisePow, EWiseSub, Exp, Gate, Log, MapOp, MulScalar, Negate, PowerScalar, ReLU, ScalarOp, ZipOp
-from .ops.elementwise import add, add_scalar, astype, divide, divide_scalar, eq, exp, ge, gt, le, log, lt, mul_scalar, multiply, ne, negate, power, power_scalar, relu, subtract
-from .ops.reduce import LogSoftmax, LogSumExp, Softmax, SoftmaxCrossEntropy, cross_entropy, log_softmax, logsumexp, mean, softmax
-from .ops.linalg import Linear, MatMul, linear, matmul
-from .ops.index import GetItem, PutItem
+from .autograd import MakeTensorTuple, Op, Tensor, TensorOp, TensorTuple, FusedAddScalars, TupleGetItem, UnaryOp, fused_add_scalars, make_tuple, no_grad, tuple_get_item
+from .ops.shape import *
+from .ops.elementwise import *
+from .ops.reduce import *
+from .ops.linalg import *
+from .ops.index import *
+from .ops.conv import *
 from .testing import Checked, _compare, check_op
 
-# %% ../nbs/19_operators.ipynb #c004
-_all_ = ['Op', 'TensorOp', 'UnaryOp', 'MapOp', 'ScalarOp', 'ZipOp', 'TensorTuple', 'MakeTensorTuple', 'TupleGetItem', 'BroadcastTo', 'Permute', 'Reshape', 'Summation', 'Transpose', 'AddScalar', 'AsType', 'Compare', 'CompareScalar', 'DivScalar', 'EWiseAdd', 'EWiseDiv', 'EWiseMul', 'EWisePow', 'EWiseSub', 'Exp', 'Gate', 'Log', 'MulScalar', 'Negate', 'PowerScalar', 'ReLU', 'LogSoftmax', 'LogSumExp', 'Softmax', 'SoftmaxCrossEntropy', 'Linear', 'MatMul', 'GetItem', 'PutItem',
-         'make_tuple', 'tuple_get_item', 'broadcast_to', 'permute', 'reshape', 'summation', 'transpose', 'add', 'add_scalar', 'subtract', 'multiply', 'mul_scalar', 'divide', 'divide_scalar', 'negate', 'power', 'power_scalar', 'exp', 'log', 'relu', 'astype', 'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'cross_entropy', 'log_softmax', 'logsumexp', 'mean', 'softmax', 'linear', 'matmul']
-
-# %% ../nbs/19_operators.ipynb #c007
+# %% ../nbs/19_operators.ipynb #c006
 @dataclass(frozen=True)
 class Case:
     "One operator: how to call it, and on what"
@@ -48,13 +36,12 @@ class Case:
     @property
     def name(self): return self.op if isinstance(self.op, str) else self.op.__name__
 
-# %% ../nbs/19_operators.ipynb #c008
+# %% ../nbs/19_operators.ipynb #c007
 _zip = (((3,4),(3,4)), ((3,4),(4,)), ((2,1,3),(4,1)), ((),(2,)), ((3,3),(3,)), ((3,3),(3,1)), ((0,3),(3,)), ((1,),(1,)))
 _map = (((3,4),), ((),), ((0,),), ((1,),), ((2,1,3),))
-_labels = np.array([2,0,1,2])
-_index = np.array([[0,2],[0,0]])
-
-ledger = [
+_square = (((3,4),), ((3,3),), ((2,3,4),), ((0,3),), ((1,1),))
+_labels,_index = np.array([2,0,1,2]),np.array([[0,2],[0,0]])
+ledger = [ # elementwise
     Case(EWiseAdd,     'a + b',              lambda a,b: a+b, _zip),
     Case(AddScalar,    'a + 2',              lambda a: a+2, _map),
     Case(EWiseSub,     'a - b',              lambda a,b: a-b, _zip),
@@ -68,28 +55,224 @@ ledger = [
     Case(Exp,          'exp(a)',             lambda a: a.exp(), _map),
     Case(Log,          'log(a)',             lambda a: a.log(), _map, low=.5),
     Case(ReLU,         'relu(a)',            lambda a: a.relu(), _map),
-    Case(Gate,         'relu(a), backward',  lambda a,b: Gate()(a, b), (((3,4),(3,4)), ((3,),(2,3))), ref=lambda torch: lambda a,b: a*(b>0) + 0*b),
     Case(AsType,       "astype(a, 'float64')", lambda a: astype(a*1, 'float64'), _map, ref=lambda torch: lambda a: (a*1).double(), dtypes=('float64',)),
     Case(Compare,      'a < b',              lambda a,b: a<b, _zip),
     Case(CompareScalar,'a > 0',              lambda a: a>0, _map),
+    Case(RSubScalar,   '2 - a',              lambda a: 2-a, _map),
+    Case(Gate,         'relu(a), backward',  lambda a,b: Gate()(a, b), (((3,4),(3,4)), ((3,),(2,3)), ((2,3),np.array([True,False,True]))), ref=lambda torch: lambda a,b: a*(b!=0) + 0*b),
+    Case(Logic,        '(a>0) & (b>0)',      lambda a,b: (a>0) & (b>0) | a.logical_and(b), _zip),
+    Case('logical_or', 'logical_or(a, b)',   lambda a,b: a.logical_or(b), _zip),
+    Case('logical_xor','logical_xor(a, b)',  lambda a,b: a.logical_xor(b>0), _zip),
+    Case('logical_not','logical_not(a)',     lambda a: a.logical_not(), _map),
+    Case('invert',     '~(a>0)',             lambda a: ~(a>0), _map),
+    Case(Kind,         'isnan(a)',           lambda a: a.isnan() | a.isinf() | ~a.isfinite(), _map),
+    Case(IsClose,      'isclose(a, b)',      lambda a,b: a.isclose(b, atol=1.), _zip),
+    Case(Where,        'where(c, a, b)',     lambda c,a,b: where(c, a, b), ((np.eye(3)>0,(3,3),(3,)), (np.eye(3)[:1]>0,(2,1),(2,3)), (np.array(True),(2,),()), (np.eye(3)[:0]>0,(3,),(1,3)), (np.eye(3)>0,(3,1),(1,3))), ref=lambda torch: torch.where),
+    Case('masked_fill','masked_fill(a, c, 2)', lambda a,c: a.masked_fill(c, 2.), (((3,3),np.eye(3)>0), ((3,),np.eye(3)>0), ((2,3,3),np.eye(3)>0), ((),np.array(False)))),
+    Case(Sqrt,         'sqrt(a)',            lambda a: a.sqrt(), _map, low=.5),
+    Case(Rsqrt,        'rsqrt(a)',           lambda a: a.rsqrt(), _map, low=.5),
+    Case('square',     'square(a)',          lambda a: a.square(), _map),
+    Case(Exp2,         'exp2(a)',            lambda a: a.exp2(), _map),
+    Case(Expm1,        'expm1(a)',           lambda a: a.expm1(), _map),
+    Case(Log1p,        'log1p(a)',           lambda a: a.log1p(), _map, low=-.5),
+    Case(Log2,         'log2(a)',            lambda a: a.log2(), _map, low=.5),
+    Case(Log10,        'log10(a)',           lambda a: a.log10(), _map, low=.5),
+    Case(Sin,          'sin(a)',             lambda a: a.sin(), _map),
+    Case(Cos,          'cos(a)',             lambda a: a.cos(), _map),
+    Case(Tan,          'tan(a)',             lambda a: a.tan(), _map, low=-1., high=1.),
+    Case(Arcsin,       'arcsin(a)',          lambda a: a.arcsin(), _map, low=-.9, high=.9),
+    Case(Arccos,       'arccos(a)',          lambda a: a.arccos(), _map, low=-.9, high=.9),
+    Case(Arctan,       'arctan(a)',          lambda a: a.arctan(), _map),
+    Case(Arctan2,      'arctan2(a, b)',      lambda a,b: a.arctan2(b), _zip, low=.2),
+    Case(Sinh,         'sinh(a)',            lambda a: a.sinh(), _map),
+    Case(Cosh,         'cosh(a)',            lambda a: a.cosh(), _map),
+    Case(Tanh,         'tanh(a)',            lambda a: a.tanh(), _map),
+    Case(Arcsinh,      'arcsinh(a)',         lambda a: a.arcsinh(), _map),
+    Case(Arccosh,      'arccosh(a)',         lambda a: a.arccosh(), _map, low=1.2, high=3.),
+    Case(Arctanh,      'arctanh(a)',         lambda a: a.arctanh(), _map, low=-.9, high=.9),
+    Case(Abs,          'abs(a)',             lambda a: abs(a), _map, ref=lambda torch: lambda a: abs(a) + 0*a*a), # torch's own second derivative is a ZeroTensor, which has no array
+    Case(Step,         'floor(a)',           lambda a: a.floor() + a.ceil()*2 + a.round()*3 + a.trunc()*4 + a.sign()*5, _map, ref=lambda torch: lambda a: a.floor() + a.ceil()*2 + a.round()*3 + a.trunc()*4 + a.sign()*5 + 0*a*a),
+    Case(FloorDivide,  'a // b',             lambda a,b: a//b, _zip, low=.3, ref=lambda torch: lambda a,b: torch.div(a, b, rounding_mode='floor') + 0*a*b),
+    Case(Mod,          'a % b',              lambda a,b: a%b, _zip, low=.3),
+    Case(Maximum,      'maximum(a, b)',      lambda a,b: a.maximum(b), _zip),
+    Case(Minimum,      'minimum(a, b)',      lambda a,b: a.minimum(b), _zip),
+    Case(Clip,         'clip(a, -1, 1)',     lambda a: a.clip(-1, 1), _map),
+    Case('clip',       'clip(a, b, c)',      lambda a,b,c: a.clip(b, c), (((3,4),(3,4),(4,)), ((3,3),(3,),(3,1)), ((2,),(),()), ((0,3),(3,),(1,)))),
+    Case(Sigmoid,      'sigmoid(a)',         lambda a: a.sigmoid(), _map),
+    Case(LogSigmoid,   'logsigmoid(a)',      lambda a: a.logsigmoid(), _map, ref=lambda torch: torch.nn.functional.logsigmoid),
+    Case(Softplus,     'softplus(a)',        lambda a: a.softplus(2., 1.5), _map, ref=lambda torch: lambda a: torch.nn.functional.softplus(a, 2., 1.5)),
+    Case(LogAddExp,    'logaddexp(a, b)',    lambda a,b: a.logaddexp(b), _zip),
+    Case(Erf,          'erf(a)',             lambda a: a.erf(), _map),
+    Case(LeakyReLU,    'leaky_relu(a)',      lambda a: a.leaky_relu(.1), _map, ref=lambda torch: lambda a: torch.nn.functional.leaky_relu(a, .1)),
+    Case('prelu',      'prelu(a, w)',        lambda a,w: a.prelu(w), (((2,3),(3,)), ((3,3,3),(3,)), ((4,2),(1,)), ((3,),(1,)), ((),(1,)), ((0,3),(3,))), ref=lambda torch: torch.nn.functional.prelu),
+    Case(ELU,          'elu(a)',             lambda a: a.elu(.5), _map, ref=lambda torch: lambda a: torch.nn.functional.elu(a, .5)),
+    Case('selu',       'selu(a)',            lambda a: a.selu(), _map, ref=lambda torch: torch.nn.functional.selu),
+    Case('celu',       'celu(a)',            lambda a: a.celu(.5), _map, ref=lambda torch: lambda a: torch.nn.functional.celu(a, .5)),
+    Case('hardtanh',   'hardtanh(a)',        lambda a: a.hardtanh(), _map, ref=lambda torch: torch.nn.functional.hardtanh),
+    Case('relu6',      'relu6(a)',           lambda a: a.relu6(), _map, ref=lambda torch: torch.nn.functional.relu6, high=9.),
+    Case('hardsigmoid','hardsigmoid(a)',     lambda a: a.hardsigmoid(), _map, ref=lambda torch: lambda a: torch.nn.functional.relu6(a+3)/6, low=-4., high=4.), # torch differentiates its own only once
+    Case('hardswish',  'hardswish(a)',       lambda a: a.hardswish(), _map, ref=lambda torch: torch.nn.functional.hardswish, low=-4., high=4.),
+    Case('silu',       'silu(a)',            lambda a: a.silu(), _map, ref=lambda torch: torch.nn.functional.silu),
+    Case('gelu',       'gelu(a)',            lambda a: a.gelu(), _map, ref=lambda torch: torch.nn.functional.gelu),
+    Case('gelu',       "gelu(a, 'tanh')",    lambda a: a.gelu('tanh'), _map, ref=lambda torch: lambda a: torch.nn.functional.gelu(a, approximate='tanh')),
+    Case('mish',       'mish(a)',            lambda a: a.mish(), _map, ref=lambda torch: torch.nn.functional.mish),
+    Case('softsign',   'softsign(a)',        lambda a: a.softsign(), _map, ref=lambda torch: torch.nn.functional.softsign),
+]
+
+# %% ../nbs/19_operators.ipynb #c008
+ledger += [ # shape
     Case(Reshape,      'reshape(a, shape)',  lambda a: a.reshape((3,-1)), (((2,3),), ((0,3),), ((3,1,1),)), ref=lambda torch: lambda a: a.reshape((3,-1)) if a.numel() else a.reshape((3,0))),
     Case(Transpose,    'transpose(a)',       lambda a: a.transpose(-1,-2), (((2,3),), ((3,3),), ((4,2,3),), ((0,3),), ((1,3),))),
     Case(Permute,      'permute(a, axes)',   lambda a: a.permute(2,0,-2), (((2,3,4),), ((3,3,3),), ((0,1,2),))),
     Case(BroadcastTo,  'broadcast_to(a, shape)', lambda a: a.broadcast_to((2,3,3)), (((3,),), ((3,1),), ((1,3),), ((),), ((2,1,1),), ((2,3,3),))),
     Case(Summation,    'summation(a, axes)', lambda a: a.sum((0,-1)), (((2,3),), ((3,3),), ((2,3,4),), ((0,3),), ((1,1),))),
+    Case(Slice,        'narrow(a, axis, start, n)', lambda a: a.narrow(-1,1,2), (((2,3),), ((3,3),), ((2,1,4),), ((0,3),))),
+    Case(Pad,          'pad(a, widths)',     lambda a: pad(a, (1,2)), (((2,3),), ((3,),), ((0,3),), ((3,0),), ((1,1),)), ref=lambda torch: lambda a: torch.nn.functional.pad(a, (1,2))),
+    Case(Flip,         'flip(a, axes)',      lambda a: a.flip(0,-1), _square),
+    Case(Roll,         'roll(a, shifts, axes)', lambda a: a.roll((1,-2), (0,-1)), _square),
+    Case(Concat,       'concat((a, b), axis)', lambda a,b: concat((a, b), -1), (((2,3),(2,3)), ((3,3),(3,1)), ((2,0),(2,3)), ((0,3),(0,2)), ((1,),(1,))), ref=lambda torch: lambda a,b: torch.cat((a, b), -1)),
+    Case(Split,        'split(a, sizes, axis)', lambda a: a.split([2,1], -1)[0] * 1, (((2,3),), ((3,3),), ((3,),), ((0,3),))),
+    Case(Stack,        'stack((a, b), axis)', lambda a,b: stack((a, b), -1), (((2,3),(2,3)), ((),()), ((0,),(0,)), ((3,3),(3,3)), ((1,),(1,))), ref=lambda torch: lambda a,b: torch.stack((a, b), -1)),
+    Case(Diagonal,     'diagonal(a, offset)', lambda a: a.diagonal(1), _square),
+    Case(PutDiagonal,  'diag_embed(a, offset)', lambda a: a.diag_embed(-1), (((3,),), ((2,3),), ((0,),), ((1,),), ((0,2),))),
+    Case(Tril,         'tril(a, offset)',    lambda a: a.tril(-1), _square),
+    Case(Triu,         'triu(a, offset)',    lambda a: a.triu(1), _square),
+    Case('flatten',    'flatten(a, start, end)', lambda a: a.flatten(0,-1), (*_square, ((),))),
+    Case('ravel',      'ravel(a)',           lambda a: a.ravel(), (*_square, ((),))),
+    Case('squeeze',    'squeeze(a, axes)',   lambda a: a.squeeze(-1), (((3,1),), ((2,3),), ((0,1),), ((1,),), ((1,1),))),
+    Case('unsqueeze',  'unsqueeze(a, axis)', lambda a: a.unsqueeze(-1), (*_square, ((),))),
+    Case('moveaxis',   'moveaxis(a, source, destination)', lambda a: a.moveaxis(0,-1), _square),
+    Case('swapaxes',   'swapaxes(a, i, j)',  lambda a: a.swapaxes(0,-1), _square),
+    Case('tile',       'tile(a, reps)',      lambda a: a.tile((2,3)), (*_square, ((),), ((3,),))),
+    Case('repeat',     'repeat(a, reps)',    lambda a: a.repeat((2,1,3)), (*_square, ((),), ((3,),))),
+    Case('repeat_interleave', 'repeat_interleave(a, n, axis)', lambda a: a.repeat_interleave(2, -1), _square),
+    Case('narrow',     'narrow(a, axis, start, n)', lambda a: a.narrow(0,0,0), _square),
+    Case('chunk',      'chunk(a, n, axis)',  lambda a: a.chunk(2, -1)[0] * 1, (((2,4),), ((3,3),), ((0,4),))),
+    Case('unbind',     'unbind(a, axis)',    lambda a: a.unbind(-1)[1] * 1, (((2,3),), ((3,3),), ((0,2),))),
+    Case('pad',        "pad(a, widths, 'reflect')", lambda a: pad(a, (2,1), 'reflect'), (((2,4),), ((3,3),), ((2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.pad(a, (2,1), 'reflect')),
+    Case('dilate',     'dilate(a, axes, n)', lambda a: a.dilate(-1, 1), (((2,3),), ((3,3),), ((0,2),), ((1,),)), ref=lambda torch: lambda a: torch.stack((a, torch.zeros_like(a)), -1).flatten(-2)),
+    Case('undilate',   'undilate(a, axes, n)', lambda a: a.undilate(-1, 1), (((2,3),), ((3,4),), ((0,2),), ((1,),)), ref=lambda torch: lambda a: a[...,::2]),
+    Case('diag',       'diag(a, offset)',    lambda a: a.diag(1), (((3,),), ((3,4),), ((3,3),), ((1,),), ((0,),))),
+]
+
+# %% ../nbs/19_operators.ipynb #c009
+ledger += [ # reductions
     Case(LogSumExp,    'logsumexp(a, axes)', lambda a: a.logsumexp((0,-1)), (((2,3),), ((3,3),), ((2,3,4),), ((1,1),))),
     Case(Softmax,      'softmax(a, axis)',   lambda a: a.softmax(-1), (((2,3),), ((3,3),), ((2,3,4),), ((1,1),), ((0,3),))),
     Case(LogSoftmax,   'log_softmax(a, axis)', lambda a: a.log_softmax(-1), (((2,3),), ((3,3),), ((2,3,4),), ((1,1),), ((0,3),))),
     Case(SoftmaxCrossEntropy, 'cross_entropy(a, y)', lambda a: cross_entropy(a, _labels), (((4,3),), ((4,4),)), ref=lambda torch: lambda a: torch.nn.functional.cross_entropy(a, torch.tensor(_labels))),
-    Case(MatMul,       'a @ b',              lambda a,b: a@b, (((2,3),(3,4)), ((3,3),(3,3)), ((5,2,3),(3,4)), ((1,2,3),(5,3,2)), ((3,),(3,)), ((0,3),(3,2)), ((2,0),(0,3)), ((1,1),(1,1)))),
-    Case(Linear,       'linear(x, W, b)',    linear, (((5,3),(4,3),(4,)), ((2,4,3),(3,3),(3,)), ((1,1),(1,1),(1,)), ((0,3),(4,3),(4,))), ref=lambda torch: torch.nn.functional.linear),
-    Case(GetItem,      'a[index]',           lambda a: a[_index,1:], (((3,3),), ((4,2,2),))),
-    Case(PutItem,      'a[index], backward', lambda a: PutItem((_index,), (3,))(a), (((2,2),),), ref=lambda torch: lambda a: torch.zeros(3, dtype=a.dtype).index_put((torch.tensor(_index),), a, accumulate=True)),
-    Case(MakeTensorTuple, 'make_tuple(a, b)', lambda a,b: make_tuple(a, b)[0] * b, (((2,3),(2,3)),), ref=lambda torch: lambda a,b: a*b),
-    Case(TupleGetItem, 't[0]',               lambda a,b: TupleGetItem(0)(make_tuple(a*1, b)) * b, (((2,3),(2,3)),), ref=lambda torch: lambda a,b: a*b),
+    Case(Var,          'var(a, axes)',       lambda a: a.var((0,-1), correction=0), (((2,3),), ((3,3),), ((2,3,4),), ((1,1),), ((3,1),))),
+    Case(Std,          'std(a, axes)',       lambda a: a.std(-1), (((2,3),), ((3,3),), ((2,3,4),), ((0,3),))),
+    Case(Max,          'max(a, axes)',       lambda a: a.max((0,-1)), (((2,3),), ((3,3),), ((2,3,4),), ((1,1),)), ref=lambda torch: lambda a: a.amax((0,-1))),
+    Case(Min,          'min(a)',             lambda a: a.min(), (((2,3),), ((3,3),), ((),), ((1,),)), ref=lambda torch: lambda a: a.amin()),
+    Case(ArgMax,       'argmax(a, axis)',    lambda a: a.argmax(-1), (((2,3),), ((3,3),), ((2,3,1),), ((0,3),))),
+    Case(ArgMin,       'argmin(a)',          lambda a: a.argmin(), (((2,3),), ((3,3),), ((),), ((1,),))),
+    Case(All,          'all(a, axes)',       lambda a: (a>-1.5).all(-1), (((2,3),), ((3,3),), ((3,0),), ((1,1),))),
+    Case(Any,          'any(a)',             lambda a: (a>1.5).any(), (((2,3),), ((3,3),), ((0,),), ((),))),
+    Case(Norm,         'norm(a, p, axes)',   lambda a: a.norm(3, (0,-1)), (((2,3),), ((3,3),), ((2,3,4),), ((1,2),))),
+    Case(Norm,         'norm(a)',            lambda a: a.norm(), (((2,3),), ((3,3),), ((3,),))),
+    Case(Norm,         'norm(a, 1, axes)',   lambda a: a.norm(1, 0), (((2,3),), ((3,3),), ((0,3),)), order=1),
+    Case(Norm,         'norm(a, inf, axes)', lambda a: a.norm(np.inf, -1), (((2,3),), ((3,3),), ((3,1),)), order=1),
+    Case(LayerNorm,    'layer_norm(x, shape, w, b)', lambda x,w,b: layer_norm(x, w.shape, w, b), (((4,3),(3,),(3,)), ((2,3,3),(3,3),(3,3)), ((2,3,4),(4,),(4,)), ((0,3),(3,),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.layer_norm(x, w.shape, w, b)),
+    Case(LayerNormAdjoint, 'layer_norm, backward', lambda x,h: LayerNormAdjoint(1)(x, h), (((4,3),(4,3)), ((2,3,5),(2,3,5))), ref=lambda torch: lambda x,h: torch.autograd.grad((x-x.mean(-1,keepdim=True))/(x.var(-1,correction=0,keepdim=True)+1e-5)**.5, x, h, create_graph=True)[0]),
+    Case(TakeAlongAxis,'take_along_axis(a, places, axis)', lambda a: a.take_along_axis([[2,0,2]], 1), (((2,3),), ((3,3),), ((1,3),), ((0,3),)), ref=lambda torch: lambda a: torch.take_along_dim(a, torch.tensor([[2,0,2]]), 1)),
+    Case(AddAlongAxis, 'take_along_axis(…), backward', lambda a: AddAlongAxis(0, 3)(a, Tensor(np.array([[0,2],[0,1],[0,2]]))), (((3,2),),), ref=lambda torch: lambda a: torch.zeros(3, 2, dtype=a.dtype).scatter_add(0, torch.tensor([[0,2],[0,1],[0,2]]), a)),
+    Case(ArgSort,      'argsort(a, axis)',   lambda a: a.argsort(0), (((2,3),), ((3,3),), ((0,3),), ((1,),))),
+    Case('sort',       'sort(a, axis)',      lambda a: a.sort(-1, True)[0], (((2,3),), ((3,3),), ((2,3,1),), ((0,),)), ref=lambda torch: lambda a: a.sort(-1, True)[0]),
+    Case(ArgTopK,      'topk(a, k, axis)[1]', lambda a: a.topk(2, -1)[1], (((2,3),), ((3,3),), ((0,2),))),
+    Case('topk',       'topk(a, k, axis)',   lambda a: a.topk(2, 0)[0], (((2,3),), ((3,3),), ((4,),))),
+    Case(ArgMedian,    'median(a, axis)[1]', lambda a: a.median(-1)[1], (((2,3),), ((3,4),), ((0,2),))),
+    Case(Median,       'median(a)',          lambda a: a.median(), (((2,3),), ((3,3),), ((),), ((1,),))),
+    Case(CumSum,       'cumsum(a, axis)',    lambda a: a.cumsum(-1), (((2,3),), ((3,3),), ((2,3,1),), ((0,),), ((2,0),))),
+    Case(Shift,        'cumprod(a), backward', lambda a: Shift(0, True, 1.)(a), (((3,2),), ((1,),), ((0,2),)), ref=lambda torch: lambda a: torch.cat([a[1:], a[:1]*0+1])),
+    Case(LinearScan,   'linear_scan(a, b, axis)', lambda a,b: linear_scan(a, b, 0), (((3,2),(3,2)), ((3,3),(3,3)), ((3,1),(3,2)), ((3,),(3,))), ref=lambda torch: lambda a,b: torch.stack([b[0]+a[0]*0, a[1]*b[0]+b[1], a[2]*(a[1]*b[0]+b[1])+b[2]])),
+    Case(CumProd,      'cumprod(a, axis)',   lambda a: a.cumprod(-1), (((2,3),), ((3,3),), ((0,),), ((1,),), (np.array([[0.,2.,3.],[0.,0.,3.]]),))),
+    Case(Prod,         'prod(a, axes)',      lambda a: a.prod(-1), (((2,3),), ((3,3),), ((0,),), ((2,0),), (np.array([[0.,2.,3.],[0.,0.,3.]]),))),
+    Case('prod',       'prod(a)',            lambda a: a.prod(), (((2,3),), ((3,3),), ((2,3,2),), (np.array([[0.,2.],[3.,4.]]),))),
 ]
 
 # %% ../nbs/19_operators.ipynb #c010
+def _eye(a): return np.eye(a.shape[-1], dtype=a.dtype)
+def _det_hessian_torch(torch, x, g):
+    c = x.inverse().mT
+    return x.det()[...,None,None]*((c*g).sum((-2,-1), keepdim=True)*c - c@g.mT@c)
+
+ledger += [ # products
+    Case(MatMul,       'a @ b',              lambda a,b: a@b, (((2,3),(3,4)), ((3,3),(3,3)), ((5,2,3),(3,4)), ((1,2,3),(5,3,2)), ((3,),(3,)), ((0,3),(3,2)), ((2,0),(0,3)), ((1,1),(1,1)))),
+    Case(Linear,       'linear(x, W, b)',    linear, (((5,3),(4,3),(4,)), ((2,4,3),(3,3),(3,)), ((1,1),(1,1),(1,)), ((0,3),(4,3),(4,))), ref=lambda torch: torch.nn.functional.linear),
+    Case('dot',          'dot(a, b)',             lambda a,b: a.dot(b), (((3,),(3,)), ((0,),(0,)), ((1,),(1,)))),
+    Case('inner',        'inner(a, b)',           lambda a,b: a.inner(b), (((3,),(3,)), ((2,3),(3,)), ((3,3),(3,3)), ((2,3),(4,5,3)), ((),(3,)), ((2,0),(3,0)))),
+    Case('outer',        'outer(a, b)',           lambda a,b: a.outer(b), (((3,),(4,)), ((3,),(3,)), ((1,),(3,)), ((0,),(3,)))),
+    Case('tensordot',    'tensordot(a, b, axes)', lambda a,b: tensordot(a, b, ([0,-1],[1,0])), (((2,3,4),(4,2,5)), ((3,3,3),(3,3,3)), ((2,1),(1,2)), ((0,3),(3,0,2))), ref=lambda torch: lambda a,b: torch.tensordot(a, b, ([0,-1],[1,0]))),
+    Case('bmm',          'bmm(a, b)',             lambda a,b: a.bmm(b), (((2,3,4),(2,4,5)), ((3,3,3),(3,3,3)), ((1,2,3),(1,3,1)), ((0,2,3),(0,3,4)))),
+    Case('kron',         'kron(a, b)',            lambda a,b: a.kron(b), (((2,3),(4,5)), ((3,3),(3,3)), ((3,),(2,2)), ((2,1,3),(4,2)), ((),(2,)), ((0,2),(3,1)))),
+    Case('trace',        'trace(a)',              lambda a: a.trace(), (((3,3),), ((2,3),), ((3,2),), ((1,1),), ((0,0),))),
+    Case(EinsumDiagonal, "einsum('ii->i', a)",    lambda a: einsum('...ii->...i', a), (((3,3),), ((3,3,3),), ((1,1),), ((0,0),)), ref=lambda torch: lambda a: torch.einsum('...ii->...i', a)),
+    Case(EinsumEmbed,    "einsum('ii->i', a), backward", lambda a: EinsumEmbed((a.shape[-1],)*2)(a), (((3,),), ((2,3),), ((3,3),), ((1,),), ((0,),)), ref=lambda torch: torch.diag_embed),
+    Case('einsum',       "einsum('...ij,...jk->...ik', a, b)", lambda a,b: einsum('...ij,...jk->...ik', a, b), (((2,3),(3,4)), ((3,3),(3,3)), ((5,2,3),(3,4)), ((2,1,3,3),(4,3,3)), ((0,3),(3,2)), ((2,0),(0,3)), ((1,1),(1,1))), ref=lambda torch: lambda a,b: torch.einsum('...ij,...jk->...ik', a, b)),
+    Case('einsum',       "einsum('bi,ij,bj->b', a, b, c)", lambda a,b,c: einsum('bi,ij,bj->b', a, b, c), (((5,3),(3,4),(5,4)), ((3,3),(3,3),(3,3)), ((1,1),(1,1),(1,1)), ((0,3),(3,4),(0,4))), ref=lambda torch: lambda a,b,c: torch.einsum('bi,ij,bj->b', a, b, c)),
+    Case(Inverse,        'inverse(a)',            lambda a: (a@a.transpose(-1,-2) + 4*_eye(a)).inverse(), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),)), ref=lambda torch: lambda a: (a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype)).inverse()),
+    Case(Solve,          'solve(a, b)',           lambda a,b: solve(a@a.transpose(-1,-2) + 4*_eye(a), b), (((3,3),(3,)), ((3,3),(3,2)), ((3,3),(3,3)), ((2,3,3),(2,3)), ((2,3,3),(3,)), ((3,3,3),(3,3)), ((2,1,3,3),(4,3,2)), ((0,0),(0,)), ((1,1),(1,))), ref=lambda torch: lambda a,b: torch.linalg.solve(a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype), b)),
+    Case(Det,            'det(a)',                lambda a: a.det(), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),))),
+    Case(Cofactor,       'det(a), backward',      lambda a: Cofactor()(a), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),)), ref=lambda torch: lambda a: a.det()[...,None,None]*a.inverse().mT),
+    Case(DetHessian,     'det(a), second',        lambda a,g: DetHessian()(a@a.transpose(-1,-2) + 2*_eye(a), g), (((2,2),(2,2)), ((3,3),(3,3)), ((1,1),(1,1)), ((2,3,3),(2,3,3))), ref=lambda torch: lambda a,g: _det_hessian_torch(torch, a@a.mT + 2*torch.eye(a.shape[-1], dtype=a.dtype), g)),
+    Case(SlogDet,        'slogdet(a)[1]',         lambda a: (a@a.transpose(-1,-2) + 4*_eye(a)).slogdet()[1], (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),)), ref=lambda torch: lambda a: (a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype)).slogdet()[1]),
+    Case(Cholesky,       'cholesky(a)',           lambda a: (a@a.transpose(-1,-2) + 4*_eye(a)).cholesky(), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),)), ref=lambda torch: lambda a: torch.linalg.cholesky(a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype))),
+]
+
+# %% ../nbs/19_operators.ipynb #c011
+ledger += [ # indices and tuples
+    Case(GetItem,      'a[index]',           lambda a: a[_index,1:], (((3,3),), ((4,2,2),))),
+    Case(PutItem,      'a[index], backward', lambda a: PutItem((_index,), (3,))(a), (((2,2),),), ref=lambda torch: lambda a: torch.zeros(3, dtype=a.dtype).index_put((torch.tensor(_index),), a, accumulate=True)),
+    Case(SetItem,      'index_put(x, index, v)', lambda x,v: index_put(x, (slice(None),1), v), (((3,4),(3,)), ((3,3),()), ((2,2,3),(3,)), ((0,2),(0,))), ref=lambda torch: lambda x,v: x.index_put((torch.arange(len(x)),torch.tensor(1)), v)),
+    Case('index_put',  'index_put(x, index, v, True)', lambda x,v: index_put(x, _index, v, True), (((3,3),(2,2,3)), ((3,),(2,2)), ((3,2),())), ref=lambda torch: lambda x,v: x.index_put((torch.tensor(_index),), v, accumulate=True)),
+    Case('gather',     'gather(x, axis, places)', lambda x: x.gather(0, _index), (((3,2),), ((3,3),)), ref=lambda torch: lambda x: x.gather(0, torch.tensor(_index))),
+    Case('scatter',    'scatter(x, axis, places, v)', lambda x,v: x.scatter(-1, [[2,0],[0,1]], v), (((2,3),(2,2)), ((3,3),(2,2))), ref=lambda torch: lambda x,v: x.scatter(-1, torch.tensor([[2,0],[0,1]]), v)),
+    Case('scatter_add','scatter_add(x, axis, places, v)', lambda x,v: x.scatter_add(0, _index, v), (((3,2),(2,2)), ((3,3),(2,2))), ref=lambda torch: lambda x,v: x.scatter_add(0, torch.tensor(_index), v)),
+    Case('take',       'take(x, places)',    lambda x: x.take(_index), (((3,),), ((2,3),)), ref=lambda torch: lambda x: x.take(torch.tensor(_index))),
+    Case('index_select','index_select(x, axis, places)', lambda x: x.index_select(-1, [1,0,1]), (((2,),), ((3,3),), ((0,2),)), ref=lambda torch: lambda x: x.index_select(-1, torch.tensor([1,0,1]))),
+    Case('masked_select','masked_select(x, mask)', lambda x: x.masked_select(np.eye(3)>0), (((3,3),), ((3,1),), ((2,3,3),)), ref=lambda torch: lambda x: x.masked_select(torch.eye(3)>0)),
+    Case('embedding',  'embedding(ids, W)',  lambda W: embedding(_index, W), (((3,2),), ((3,3),), ((4,1),)), ref=lambda torch: lambda W: torch.nn.functional.embedding(torch.tensor(_index), W)),
+    Case(MakeTensorTuple, 'make_tuple(a, b)', lambda a,b: make_tuple(a, b)[0] * b, (((2,3),(2,3)),), ref=lambda torch: lambda a,b: a*b),
+    Case(TupleGetItem, 't[0]',               lambda a,b: TupleGetItem(0)(make_tuple(a*1, b)) * b, (((2,3),(2,3)),), ref=lambda torch: lambda a,b: a*b),
+    Case(FusedAddScalars, 'fused_add_scalars(t, 2, 3)', lambda a,b: fused_add_scalars(make_tuple(a, b), 2., 3.)[1] * a, (((2,3),(2,3)), ((),()), ((0,3),(0,3))), ref=lambda torch: lambda a,b: (b+3)*a),
+]
+
+# %% ../nbs/19_operators.ipynb #c012
+_w22,_w23 = Windows((2,2), (1,1), (0,0), (1,1)),Windows((2,3), (2,1), (1,1), (1,1))
+_places = np.array([[[[0,3],[1,3]]]], np.uint8) # one element of each 2×2 window of a 3×3 image
+def _pool_torch(torch):
+    F,t = torch.nn.functional,torch.tensor(_places.astype(np.int64)).reshape(1,1,1,4)
+    put = lambda y: F.fold(torch.zeros(1,1,4,4, dtype=y.dtype).scatter(2, t, y.reshape(1,1,1,4)).reshape(1,4,4), (3,3), 2)
+    take = lambda x: F.unfold(x, 2).reshape(1,1,4,4).gather(2, t).reshape(1,1,2,2)
+    index = lambda x: F.unfold(x, 2).reshape(x.shape[0], x.shape[1], 4, (x.shape[2]-1)*(x.shape[3]-1)).argmax(2).reshape(x.shape[0], x.shape[1], x.shape[2]-1, x.shape[3]-1).to(torch.uint8)
+    return put,take,index
+
+ledger += [ # windows
+    Case(Unfold,       'unfold(a, kernel)',  lambda a: unfold(a, (2,3), 1, 1, (2,1)), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.unfold(a, (2,3), 1, 1, (2,1))),
+    Case(Fold,         'fold(a, size, kernel)', lambda a: fold(a, (3,4), 2), (((2,8,6),), ((1,4,6),), ((0,4,6),)), ref=lambda torch: lambda a: torch.nn.functional.fold(a, (3,4), 2)),
+    Case(Conv,         'conv2d(x, w, b)',    lambda x,w,b: conv2d(x, w, b, 2, (1,0)), (((2,3,5,4),(4,3,3,2),(4,)), ((1,1,3,3),(1,1,3,3),(1,)), ((2,3,3,3),(3,3,1,3),(3,)), ((0,2,4,4),(3,2,2,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv2d(x, w, b, 2, (1,0))),
+    Case(ConvTranspose,'conv_transpose2d(x, w, b)', lambda x,w,b: conv_transpose2d(x, w, b, 2, (1,0)), (((2,3,5,4),(3,4,3,2),(4,)), ((1,1,3,3),(1,1,3,3),(1,)), ((2,3,3,3),(3,3,1,3),(3,)), ((0,2,4,4),(2,3,2,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv_transpose2d(x, w, b, 2, (1,0))),
+    Case(ConvWeight,   'conv2d(x, w, b), backward', lambda y,x: ConvWeight(_w23)(y, x), (((2,4,3,3),(2,3,4,3)), ((1,1,2,3),(1,1,3,3))), ref=lambda torch: lambda y,x: torch.nn.grad.conv2d_weight(x, (y.shape[1],x.shape[1],2,3), y, (2,1), (1,1))),
+    Case(MaxPool,      'max_pool2d(a, kernel)', lambda a: max_pool2d(a, (2,3), (2,1), 1), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.max_pool2d(a, (2,3), (2,1), 1)),
+    Case(PoolIndex,    'max_pool2d(a, kernel), where', lambda a: PoolIndex(_w22)(a, max_pool2d(a, 2, 1)), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: _pool_torch(torch)[2]),
+    Case(PoolPut,      'max_pool2d(a, kernel), backward', lambda a: PoolPut(_w22, (3,3))(a, Tensor(_places)), (((1,1,2,2),),), ref=lambda torch: _pool_torch(torch)[0]),
+    Case(PoolTake,     'max_pool2d(a, kernel), backward twice', lambda a: PoolTake(_w22)(a, Tensor(_places)), (((1,1,3,3),),), ref=lambda torch: _pool_torch(torch)[1]),
+    Case('conv1d',     'conv1d(x, w, b)',    lambda x,w,b: conv1d(x, w, b, 2, 1), (((2,3,6),(4,3,3),(4,)), ((1,1,3),(1,1,3),(1,)), ((0,2,4),(3,2,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv1d(x, w, b, 2, 1)),
+    Case('conv_transpose1d', 'conv_transpose1d(x, w, b)', lambda x,w,b: conv_transpose1d(x, w, b, 2, 1), (((2,3,6),(3,4,3),(4,)), ((1,1,3),(1,1,3),(1,)), ((0,2,4),(2,3,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv_transpose1d(x, w, b, 2, 1)),
+    Case('max_pool1d', 'max_pool1d(a, kernel)', lambda a: max_pool1d(a, 3, 1, 1), (((2,3,5),), ((1,1,3),), ((0,2,3),)), ref=lambda torch: lambda a: torch.nn.functional.max_pool1d(a, 3, 1, 1)),
+    Case('avg_pool1d', 'avg_pool1d(a, kernel)', lambda a: avg_pool1d(a, 3, 1, 1), (((2,3,5),), ((1,1,3),), ((0,2,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool1d(a, 3, 1, 1)),
+    Case('avg_pool2d', 'avg_pool2d(a, kernel)', lambda a: avg_pool2d(a, (2,3), (2,1), 1), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool2d(a, (2,3), (2,1), 1)),
+    Case('adaptive_avg_pool1d', 'adaptive_avg_pool1d(a, size)', lambda a: adaptive_avg_pool1d(a, 3), (((2,3,5),), ((1,1,3),), ((0,2,6),)), ref=lambda torch: lambda a: torch.nn.functional.adaptive_avg_pool1d(a, 3)),
+    Case('adaptive_avg_pool2d', 'adaptive_avg_pool2d(a, size)', lambda a: adaptive_avg_pool2d(a, (2,3)), (((2,3,4,6),), ((2,2,5,5),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.adaptive_avg_pool2d(a, (2,3))),
+    Case('interpolate',"interpolate(a, scale_factor=2, mode='bilinear')", lambda a: interpolate(a, scale_factor=2, mode='bilinear'), (((2,3,2,3),), ((1,1,3,3),), ((0,2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, scale_factor=2, mode='bilinear')),
+]
+
+# %% ../nbs/19_operators.ipynb #c013
+__all__ = ['Case', 'ledger', 'all_operators', 'OperatorTable', 'run_case', 'operator_table'] + [n for n,o in list(globals().items())
+    if not n.startswith('_') and (isinstance(o, type) and issubclass(o, (Op,Tensor,TensorTuple)) or getattr(o, '__module__', '').startswith('minima.ops.'))]
+
+# %% ../nbs/19_operators.ipynb #c015
 def all_operators() -> list: # of classes
     "Every operator class of the package, families and private helpers left out"
     found,queue = [],[Op]
@@ -99,7 +282,7 @@ def all_operators() -> list: # of classes
         if 'compute' in vars(cls) and cls is not Op and cls.__module__.startswith('minima.') and not cls.__name__.startswith('_'): found.append(cls)
     return found
 
-# %% ../nbs/19_operators.ipynb #c013
+# %% ../nbs/19_operators.ipynb #c018
 def _floats(shapes, case, seed=0):
     rng = np.random.default_rng(seed)
     return [s if isinstance(s, np.ndarray) else np.asarray(rng.uniform(case.low, case.high, s)) for s in shapes]
@@ -118,19 +301,19 @@ def complex_step(
         if not y.requires_grad: return None
         v = rng.standard_normal(y.shape)
         y.backward(v)
-        slope = sum((x.grad.numpy()*d).sum() for x,d in zip(xs, ds) if x.grad is not None)
+        slope = builtins.sum((x.grad.numpy()*d).sum() for x,d in zip(xs, ds) if x.grad is not None)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('error', np.exceptions.ComplexWarning)
                 z = case.f(*(Tensor.make_const(a + 1j*h*d if a.dtype.kind=='f' else a) for a,d in zip(arrays, ds))).cached_data
         except Exception: return None # no complex version
         if np.asarray(z).dtype.kind!='c': return None
-        error = abs((np.asarray(z).imag/h*v).sum() - slope)/max(1, abs(slope))
+        error = np.abs((np.asarray(z).imag/h*v).sum() - slope)/builtins.max(1, np.abs(slope))
         if not error < 1e-9: return None # not analytic
-        worst = max(worst or 0., error)
+        worst = builtins.max(worst or 0., error)
     return worst
 
-# %% ../nbs/19_operators.ipynb #c014
+# %% ../nbs/19_operators.ipynb #c019
 def twice(
     case:Case, # a row of the ledger
     torch,     # the module
@@ -148,7 +331,7 @@ def special_values(
 ) -> str:      # a mark
     "Zeros, infinities and NaN beside torch: value and gradient"
     ref = case.ref(torch) if case.ref else case.f
-    shapes = max(case.shapes, key=lambda ss: sum(int(np.prod(s)) for s in ss if not isinstance(s, np.ndarray)))
+    shapes = builtins.max(case.shapes, key=lambda ss: builtins.sum(int(np.prod(s)) for s in ss if not isinstance(s, np.ndarray)))
     rng = np.random.default_rng(0)
     for trial in range(4):
         arrays = [a if isinstance(s, np.ndarray) else rng.choice([0., -0., 1., -1.5, np.inf, -np.inf, np.nan], a.shape).astype(np.float64) for a,s in zip(_floats(shapes, case), shapes)]
@@ -162,7 +345,7 @@ def special_values(
             if x.grad is not None and u.grad is not None: _compare(x.grad.numpy(), u.grad.numpy(), 1e-12, f'gradient of input {k}', 'torch')
     return '✓'
 
-# %% ../nbs/19_operators.ipynb #c015
+# %% ../nbs/19_operators.ipynb #c020
 def elsewhere(
     case:Case, # a row of the ledger
     to,        # NumPy array to array of another library
@@ -171,27 +354,30 @@ def elsewhere(
     "`compute` on another library's arrays, beside NumPy"
     for shapes in case.shapes:
         arrays = _floats(shapes, case)
-        with no_grad(): ours,theirs = (case.f(*(Tensor.make_const(c(a)) for a in arrays)).cached_data for c in (np.asarray, to))
+        with no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore') # array-api-strict warns where dtypes are compared
+            ours,theirs = (case.f(*(Tensor.make_const(c(a)) for a in arrays)).cached_data for c in (np.asarray, to))
         if type(theirs) is not type(to(arrays[0])): return f'returned {type(theirs).__name__}'
         _compare(back(theirs), ours, 1e-12, 'value', 'NumPy')
     return '✓'
 
 def _marked(f, *args):
+    "A mark, or in its place why there is none"
     try: return f(*args)
-    except Exception as e: return f'{type(e).__name__}: {e}'
+    except Exception as e: return f'{type(e).__name__}: {str(e).split(": ")[-1]}'.splitlines()[0][:70]
 
-# %% ../nbs/19_operators.ipynb #c016
+# %% ../nbs/19_operators.ipynb #c021
 def shape_marks(
     case:Case, # a row of the ledger
 ) -> str:      # letters
     "Which shapes that hurt the row has: 0-d, empty (∅), length 1, equal sizes (=), broadcast (b)"
     all_shapes = [tuple(s.shape if isinstance(s, np.ndarray) else s for s in shapes) for shapes in case.shapes]
-    each = [s for shapes in all_shapes for s in shapes]
+    each,anyone = [s for shapes in all_shapes for s in shapes],builtins.any
     return ''.join(mark for mark,has in (
-        ('0', () in each), ('∅', any(0 in s for s in each)), ('1', any(1 in s for s in each)),
-        ('=', any(len(set(s))<len(s) for s in each if len(s)>1)), ('b', any(len({*shapes})>1 for shapes in all_shapes))) if has)
+        ('0', () in each), ('∅', anyone(0 in s for s in each)), ('1', anyone(1 in s for s in each)),
+        ('=', anyone(len(set(s))<len(s) for s in each if len(s)>1)), ('b', anyone(len({*shapes})>1 for shapes in all_shapes))) if has)
 
-# %% ../nbs/19_operators.ipynb #c018
+# %% ../nbs/19_operators.ipynb #c023
 @dataclass
 class OperatorTable:
     "What the ledger answered, a row an operator"
@@ -210,10 +396,10 @@ class OperatorTable:
         return '\n'.join('| '+' | '.join(s.replace('|', '\\|') for s in r)+' |' for r in rows)
     def __str__(self):
         rows = [self.header + self.further, *self.cells()]
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+        widths = [builtins.max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         return '\n'.join('  '.join(s.ljust(w) for s,w in zip(r, widths)).rstrip() for r in rows)
 
-# %% ../nbs/19_operators.ipynb #c019
+# %% ../nbs/19_operators.ipynb #c024
 def run_case(
     case:Case,  # a row of the ledger
     torch=True, # False: finite differences alone

@@ -99,17 +99,18 @@ def _derivatives(f, arrays, v, us):
     return y, grads, [x.grad for x in (*leaves,v)]
 
 # %% ../nbs/04_testing.ipynb #c015
-def _torch_derivatives(torch, f, arrays, v, us):
+def _torch_derivatives(torch, f, arrays, v, us, order=2):
     "The same, in torch"
     xs = [torch.tensor(a, requires_grad=a.dtype.kind=='f') for a in arrays]
     y = f(*xs)
     if not y.requires_grad: return y,None,None
     v,leaves = torch.tensor(v(y), requires_grad=True),[x for x in xs if x.requires_grad]
     grads = torch.autograd.grad(y, leaves, v, create_graph=True, allow_unused=True)
+    if order<2: return y,grads,None
     s = sum((g*torch.tensor(u)).sum() for g,u in zip(grads, us) if g is not None)
     return y, grads, torch.autograd.grad(s, (*leaves,v), allow_unused=True) if getattr(s,'requires_grad',False) else [None]*(len(leaves)+1)
 
-def _to_numpy(x): return x.numpy() if isinstance(x, Tensor) else x.detach().numpy()
+def _to_numpy(x): return x.numpy() if isinstance(x, Tensor) else x.detach().numpy(force=True)
 def _strided(a):
     "The same numbers, every second one in memory and the axes in reverse order"
     b = np.zeros(tuple(2*n for n in a.shape[::-1]), a.dtype)[(..., *(slice(None,None,2) for _ in a.shape))].T
@@ -139,7 +140,7 @@ def check_op(
         cast = lambda a: a.astype(dtype) if a.dtype.kind=='f' else a
         def v(y): return np.asarray(np.random.default_rng(seed+1).standard_normal(tuple(y.shape)), str(y.dtype).split('.')[-1])
         arrays,us_ = [cast(a) for a in given],[cast(u) for u in us]
-        theirs = torch and _torch_derivatives(torch, ref or f, arrays, v, us_)
+        theirs = torch and _torch_derivatives(torch, ref or f, arrays, v, us_, order)
         for name,level,layout in (('eager',0,np.asarray), ('eager, strided inputs',0,_strided), ('lazy',LAZY,np.asarray)):
             where = f' ({dtype}, {name})'
             with using(on=level|RECORD, off=LAZY&~level): ours = _derivatives(f, [layout(a) for a in arrays], v, us_)

@@ -34,7 +34,7 @@ class AsType(UnaryOp):
     "The same numbers in another dtype; the adjoint returns to the old one"
     dtype:np.dtype # of the result
     differentiable = property(lambda self: self.dtype.kind=='f')
-    def compute(self, x): return xp(x).astype(x, self.dtype)
+    def compute(self, x): return xp(x).astype(x, self.dtype if isinstance(x.dtype, np.dtype) else getattr(xp(x), self.dtype.name))
     def gradient(self, out_grad, node): return AsType(node.inputs[0].dtype)(out_grad)
 
 # %% ../../nbs/11_elementwise.ipynb #c007

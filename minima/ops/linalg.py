@@ -407,6 +407,7 @@ def _frobenius(a, b): return summation(a*b, (-2,-1), True)
 
 def _svd(x):
     "U, s, Vᵀ, and the product of the determinants of U and Vᵀ, with an axis kept"
+    if not xp(x).all(xp(x).isfinite(x)): raise np.linalg.LinAlgError('the matrix has NaN or infinite elements') # LAPACK may not return from it
     u,s,v = xp(x).linalg.svd(x, full_matrices=False)
     det = xp(x).linalg.det
     return u, s, v, (det(u)*det(v))[...,None]
