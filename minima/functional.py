@@ -6,10 +6,9 @@
 __all__ = ['value_and_grad', 'grad', 'elementwise_grad', 'vjp', 'jvp', 'jacobian', 'hessian', 'hvp', 'Checkpoint', 'checkpoint']
 
 # %% ../nbs/20_functional.ipynb #c003
-from dataclasses import dataclass
 from heapq import heappop, heappush
 import numpy as np
-from .autograd import LAZY, RECORD, Op, Tensor, TensorOp, TensorTuple, enable_grad, is_grad_enabled, mode, next_rank, no_grad, tuple_get_item, using, _check_unwritten, _writes
+from .autograd import LAZY, RECORD, Op, Tensor, TensorOp, TensorTuple, _check_unwritten, _writes, enable_grad, frozen, is_grad_enabled, mode, next_rank, no_grad, tuple_get_item, using
 from .device import xp
 from .ops.elementwise import as_tensor
 from .ops.index import GetItem
@@ -244,9 +243,10 @@ def hvp(
     return vjp(grad(f, tuple(range(len(primals)))), *primals)[1](tuple(tangents))
 
 # %% ../nbs/20_functional.ipynb #c054
-@dataclass(frozen=True, eq=False)
+@frozen
 class Checkpoint(Op):
     "A function whose inner values are not kept, and are computed again for the gradient"
+    __eq__,__hash__ = object.__eq__,object.__hash__ # an index may be an array
     run:object # list of tensors to list of tensors
     n:int      # how many of the inputs are arguments; the others are what the function closes over
     def gradient(self, out_grad, node):

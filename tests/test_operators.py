@@ -6,17 +6,17 @@ from minima.autograd import Tensor, lazy_mode
 from minima.operators import all_operators, ledger, run_case
 from minima.testing import Checked
 
-@pytest.mark.parametrize('case', ledger, ids=lambda c: c.name)
+@pytest.mark.parametrize('case', ledger, ids=lambda c: c.call)
 def test_case(case): assert isinstance(run_case(case), Checked)
 
 def test_ledger_is_complete():
-    assert {c.__name__ for c in all_operators()} == {c.name for c in ledger}
+    assert {c.__name__ for c in all_operators()} == {c.name for c in ledger if isinstance(c.op, type)}
 
 def first_inputs(case):
     rng = np.random.default_rng(0)
     return [s if isinstance(s, np.ndarray) else rng.uniform(case.low, case.high, s) for s in case.shapes[0]]
 
-@pytest.mark.parametrize('case', ledger, ids=lambda c: c.name)
+@pytest.mark.parametrize('case', ledger, ids=lambda c: c.call)
 def test_no_cycle(case):
     "Nothing is left for the garbage collector: forward, backward and backward again free by reference counts alone"
     def work():
@@ -35,17 +35,17 @@ def test_no_cycle(case):
         assert not [o for o in gc.get_objects() if isinstance(o, Tensor) and o.op is not None]
     finally: gc.unfreeze(); gc.enable()
 
-@pytest.mark.parametrize('case', ledger, ids=lambda c: c.name)
-def test_operators_print_compare_and_hash(case):
+@pytest.mark.parametrize('case', ledger, ids=lambda c: c.call)
+def test_operators_print_and_compare(case):
     with lazy_mode(): op = case.f(*(Tensor(a) for a in first_inputs(case))).op
-    assert type(op).__name__ in repr(op) and op==op and op in [op]
+    if op is not None: assert type(op).__name__ in repr(op) and op==op and op in [op]
 
-@pytest.mark.parametrize('case', ledger, ids=lambda c: c.name)
+@pytest.mark.parametrize('case', ledger, ids=lambda c: c.call)
 def test_result_without_gradient_keeps_nothing(case):
     y = case.f(*(Tensor(a, requires_grad=False) for a in first_inputs(case)))
     assert y.op is None and y.inputs==() and not y.requires_grad
 
-@pytest.mark.parametrize('case', ledger, ids=lambda c: c.name)
+@pytest.mark.parametrize('case', ledger, ids=lambda c: c.call)
 def test_lazy_shapes(case):
     "Shape and dtype are known before anything is computed, for all shapes of the ledger"
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ __all__ = ['Windows', 'Unfold', 'Fold', 'unfold', 'fold', 'ConvOp', 'Conv', 'Con
 # %% ../../nbs/15_conv.ipynb #c003
 from dataclasses import dataclass
 import numpy as np
-from ..autograd import Tensor, TensorOp, UnaryOp
+from ..autograd import Tensor, TensorOp, UnaryOp, frozen
 from ..device import Meta, xp
 from .elementwise import astype
 from .shape import _ints, moveaxis, pad, repeat_interleave, reshape, summation
@@ -77,7 +77,7 @@ def _windows(name, d, kernel, stride, padding, dilation):
     return Windows(_each(f'{name}, kernel', kernel, d, 1), _each(f'{name}, stride', stride, d, 1), _each(f'{name}, padding', padding, d, 0), _each(f'{name}, dilation', dilation, d, 1))
 
 # %% ../../nbs/15_conv.ipynb #c013
-@dataclass(frozen=True)
+@frozen
 class Unfold(UnaryOp):
     "Windows as columns; adjoint of `Fold`"
     windows:Windows
@@ -91,7 +91,7 @@ class Unfold(UnaryOp):
     def gradient(self, out_grad, node): return Fold(self.windows, node.inputs[0].shape[2:])(out_grad)
 
 # %% ../../nbs/15_conv.ipynb #c014
-@dataclass(frozen=True)
+@frozen
 class Fold(UnaryOp):
     "Windows added up into an image; adjoint of `Unfold`"
     windows:Windows
@@ -142,7 +142,7 @@ def fold(
     return Fold(w, size)(a)
 
 # %% ../../nbs/15_conv.ipynb #c021
-@dataclass(frozen=True)
+@frozen
 class ConvOp(TensorOp):
     r"What the three have in common: they are the derivatives of $T(x,w,y)=\langle y, W\hat X\rangle$"
     windows:Windows
@@ -176,7 +176,7 @@ class Conv(ConvOp):
                 *(summation(out_grad, (0, *range(2, out_grad.ndim))) if b.needs else None for b in b))
 
 # %% ../../nbs/15_conv.ipynb #c023
-@dataclass(frozen=True)
+@frozen
 class ConvTranspose(ConvOp):
     r"$\bar x = \partial T/\partial x$, of y (n, o, *count) and w (o, c/g, *kernel): each kernel, times the element of y, added where its window is"
     size:tuple = () # of x
@@ -294,7 +294,7 @@ def conv_transpose1d(
     return _conv_transpose('conv_transpose1d', 1, x, weight, bias, stride, padding, output_padding, groups, dilation)
 
 # %% ../../nbs/15_conv.ipynb #c043
-@dataclass(frozen=True)
+@frozen
 class MaxPool(UnaryOp):
     r"$y_j = \max_i \hat x_{ij}$: the largest element of each window"
     windows:Windows
@@ -309,7 +309,7 @@ class MaxPool(UnaryOp):
         return PoolPut(self.windows, x.shape[2:])(out_grad, PoolIndex(self.windows)(x, node))
 
 # %% ../../nbs/15_conv.ipynb #c044
-@dataclass(frozen=True)
+@frozen
 class PoolIndex(TensorOp):
     "Which element of its window is the maximum: how many stand before the first one"
     windows:Windows
@@ -326,7 +326,7 @@ class PoolIndex(TensorOp):
     def meta(self, x, y): return Meta(y.shape, _index_dtype(self.windows))
 
 # %% ../../nbs/15_conv.ipynb #c045
-@dataclass(frozen=True)
+@frozen
 class PoolPut(TensorOp):
     "Each element of y added to one element of its window; adjoint of `PoolTake`"
     windows:Windows
@@ -341,7 +341,7 @@ class PoolPut(TensorOp):
     def gradient(self, out_grad, node): return PoolTake(self.windows)(out_grad, node.inputs[1]), None
 
 # %% ../../nbs/15_conv.ipynb #c046
-@dataclass(frozen=True)
+@frozen
 class PoolTake(TensorOp):
     "One element of each window; adjoint of `PoolPut`"
     windows:Windows

@@ -19,17 +19,16 @@ __all__ = ['add', 'add_scalar', 'multiply', 'mul_scalar', 'subtract', 'divide', 
            'bitwise_and', 'bitwise_or', 'bitwise_xor', 'isnan', 'isinf', 'isfinite', 'sign', 'floor', 'ceil', 'trunc']
 
 # %% ../../nbs/11_elementwise.ipynb #c003
-from dataclasses import dataclass
 from numbers import Number
 import math, operator
 import numpy as np
 from fastcore.basics import patch
-from ..autograd import LAZY, RECORD, Tensor, TensorOp, UnaryOp, is_torch, mode, new_tensor, next_rank, run_op
+from ..autograd import LAZY, RECORD, Tensor, TensorOp, UnaryOp, frozen, is_torch, mode, new_tensor, next_rank, run_op
 from ..device import xp
 from .shape import BroadcastTo, reshape
 
 # %% ../../nbs/11_elementwise.ipynb #c006
-@dataclass(frozen=True)
+@frozen
 class AsType(UnaryOp):
     "The same numbers in another dtype; the adjoint returns to the old one"
     dtype:np.dtype # of the result
@@ -95,7 +94,7 @@ class ZipOp(TensorOp):
         return z
 
 # %% ../../nbs/11_elementwise.ipynb #c012
-@dataclass(frozen=True)
+@frozen
 class ScalarOp(MapOp):
     "A map with a number in it"
     scalar:float # as it was given
@@ -198,7 +197,7 @@ def _scalar(name, op):
     return f
 
 # %% ../../nbs/11_elementwise.ipynb #c017
-@dataclass(frozen=True)
+@frozen
 class Compare(ZipOp):
     "Elementwise comparison of two tensors, by a function of the module `operator`"
     name:str # `eq`, `ne`, `lt`, `le`, `gt` or `ge`
@@ -206,7 +205,7 @@ class Compare(ZipOp):
     def compute(self, a, b): return getattr(operator, self.name)(a, b)
 
 # %% ../../nbs/11_elementwise.ipynb #c018
-@dataclass(frozen=True)
+@frozen
 class CompareScalar(ScalarOp):
     "Elementwise comparison with a number, on the right"
     name:str = 'eq' # as in `Compare`
@@ -223,7 +222,7 @@ for _name in 'eq ne lt le gt ge'.split():
 Tensor.__hash__ = object.__hash__
 
 # %% ../../nbs/11_elementwise.ipynb #c020
-@dataclass(frozen=True)
+@frozen
 class Logic(ZipOp):
     "A truth table, elementwise, by a function of the array API"
     name:str # `logical_` or `bitwise_`, and `and`, `or` or `xor`
@@ -231,7 +230,7 @@ class Logic(ZipOp):
     def compute(self, a, b): return getattr(xp(a), self.name)(a, b)
 
 # %% ../../nbs/11_elementwise.ipynb #c021
-@dataclass(frozen=True)
+@frozen
 class Kind(MapOp):
     "Of what kind a number is; a boolean tensor"
     name:str # `isnan`, `isinf` or `isfinite`
@@ -239,7 +238,7 @@ class Kind(MapOp):
     def compute(self, x): return getattr(xp(x), self.name)(x)
 
 # %% ../../nbs/11_elementwise.ipynb #c022
-@dataclass(frozen=True)
+@frozen
 class IsClose(ZipOp):
     r"$|a-b| \leq \text{atol} + \text{rtol}\,|b|$; an infinity is close to itself alone"
     rtol:float
@@ -658,7 +657,7 @@ class Abs(MapOp):
     def gradient(self, out_grad, node): return out_grad*sign(node.inputs[0])
 
 # %% ../../nbs/11_elementwise.ipynb #c122
-@dataclass(frozen=True)
+@frozen
 class Step(MapOp):
     "A function that is constant between its jumps"
     name:str # `sign`, `floor`, `ceil`, `trunc` or `round`
@@ -715,7 +714,7 @@ class Minimum(ZipOp):
         return _share(out_grad, b, a) if a.needs else None, _share(out_grad, a, b) if b.needs else None
 
 # %% ../../nbs/11_elementwise.ipynb #c137
-@dataclass(frozen=True)
+@frozen
 class Clip(MapOp):
     r"$y = \min(\max(x, \text{low}), \text{high})$"
     low:float|None    # bounds; `None` for none
@@ -773,7 +772,7 @@ class LogSigmoid(MapOp):
     def gradient(self, out_grad, node): return out_grad*sigmoid(-node.inputs[0])
 
 # %% ../../nbs/11_elementwise.ipynb #c145
-@dataclass(frozen=True)
+@frozen
 class Softplus(MapOp):
     r"$y = \frac1\beta\ln(1+e^{\beta x})$, and $x$ where $\beta x$ is above the threshold"
     beta:float=1.
@@ -870,7 +869,7 @@ def relu(
 Tensor.relu = relu
 
 # %% ../../nbs/11_elementwise.ipynb #c165
-@dataclass(frozen=True)
+@frozen
 class LeakyReLU(MapOp):
     r"$y = x$ for $x>0$, else $s\,x$"
     negative_slope:float # s
@@ -880,7 +879,7 @@ class LeakyReLU(MapOp):
     def gradient(self, out_grad, node): return where(node.inputs[0]>0., out_grad, out_grad*self.negative_slope)
 
 # %% ../../nbs/11_elementwise.ipynb #c166
-@dataclass(frozen=True)
+@frozen
 class ELU(MapOp):
     r"$y = s\,x$ for $x>0$, else $s\,\alpha\,(e^{rx}-1)$"
     alpha:float=1.

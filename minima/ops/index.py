@@ -7,20 +7,20 @@ __all__ = ['GetItem', 'PutItem', 'SetItem', 'index_put', 'gather', 'scatter', 's
            'masked_select', 'one_hot', 'embedding']
 
 # %% ../../nbs/14_indexing.ipynb #c003
-from dataclasses import dataclass
 from math import prod as product
 import numpy as np
 from fastcore.basics import patch
-from ..autograd import Tensor, TensorOp, UnaryOp, is_grad_enabled, may_write, note_write
+from ..autograd import Tensor, TensorOp, UnaryOp, frozen, is_grad_enabled, may_write, note_write
 from ..device import Meta, xp
 from .elementwise import align, as_tensor, astype
 from .reduce import TakeAlongAxis, _add_at, as_axis, as_places
 from .shape import broadcast_to, reshape
 
 # %% ../../nbs/14_indexing.ipynb #c006
-@dataclass(frozen=True, eq=False)
+@frozen
 class GetItem(UnaryOp):
     "Elements of a tensor, in NumPy's grammar of indices; adjoint of `PutItem`"
+    __eq__,__hash__ = object.__eq__,object.__hash__ # an index may be an array
     index:object # integer, slice, `None`, `...`, array of integers or booleans, or a tuple of those
     def compute(self, x):
         if type(x) is type(self.index) is np.ndarray and self.index.dtype.kind in 'iu' and x.ndim: return x.take(self.index, axis=0) # twice as fast
@@ -28,9 +28,10 @@ class GetItem(UnaryOp):
     def gradient(self, out_grad, node): return PutItem(self.index, node.inputs[0].shape)(out_grad)
 
 # %% ../../nbs/14_indexing.ipynb #c007
-@dataclass(frozen=True, eq=False)
+@frozen
 class PutItem(UnaryOp):
     "Zeros of a shape, with elements added in at an index; adjoint of `GetItem`"
+    __eq__,__hash__ = object.__eq__,object.__hash__ # an index may be an array
     index:object # as in `GetItem`
     shape:tuple  # of the result
     def compute(self, y):
@@ -81,9 +82,10 @@ def __setitem__(self:Tensor, index, value):
     note_write(a)
 
 # %% ../../nbs/14_indexing.ipynb #c020
-@dataclass(frozen=True, eq=False)
+@frozen
 class SetItem(TensorOp):
     "A copy of a tensor with other elements at an index"
+    __eq__,__hash__ = object.__eq__,object.__hash__ # an index may be an array
     index:object # as in `GetItem`
     def compute(self, x, v):
         y = np.array(x, order='C')

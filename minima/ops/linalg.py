@@ -8,12 +8,11 @@ __all__ = ['MatMul', 'matmul', 'Linear', 'linear', 'tensordot', 'dot', 'inner', 
            'det', 'SlogDet', 'slogdet', 'Cholesky', 'cholesky']
 
 # %% ../../nbs/13_linalg.ipynb #c003
-from dataclasses import dataclass
 from functools import lru_cache
 from string import ascii_letters
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
-from ..autograd import Op, Tensor, TensorOp, TensorTuple, UnaryOp
+from ..autograd import Op, Tensor, TensorOp, TensorTuple, UnaryOp, frozen
 from ..device import Meta, xp
 from .elementwise import as_tensor, astype, multiply, _common_dtype
 from .shape import as_axes, broadcast_to, permute, reshape, summation, transpose
@@ -192,7 +191,7 @@ class EinsumDiagonal(UnaryOp):
     def gradient(self, out_grad, node): return EinsumEmbed(node.inputs[0].shape[-2:])(out_grad)
 
 # %% ../../nbs/13_linalg.ipynb #c040
-@dataclass(frozen=True)
+@frozen
 class EinsumEmbed(UnaryOp):
     "Zeros with `y` on the diagonal of the last two axes; adjoint of `EinsumDiagonal`"
     sizes:tuple # (m, n) of the matrices

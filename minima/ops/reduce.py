@@ -12,11 +12,10 @@ __all__ = ['Picked', 'mean', 'Var', 'var', 'Std', 'std', 'Max', 'Min', 'max', 'm
 
 # %% ../../nbs/12_reduce.ipynb #c003
 from collections import namedtuple
-from dataclasses import dataclass
 from math import prod as product
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
-from ..autograd import Tensor, TensorOp, UnaryOp
+from ..autograd import Tensor, TensorOp, UnaryOp, frozen
 from ..device import Meta, xp
 from .elementwise import ZipOp, align, as_number, as_tensor, astype, exp
 from .shape import as_axes, broadcast_to, reshape, restore_axes, summation
@@ -39,7 +38,7 @@ def _count(shape, axes):
     return product(shape if axes is None else [shape[i] for i in normalize_axis_tuple(axes, len(shape))])
 
 # %% ../../nbs/12_reduce.ipynb #c012
-@dataclass(frozen=True)
+@frozen
 class Var(UnaryOp):
     r"$v = \frac1{n-c}\sum_{\text{axes}}(x-m)^2$"
     axes:tuple|None = None # all of them if `None`
@@ -67,7 +66,7 @@ def var(
 Tensor.var = var
 
 # %% ../../nbs/12_reduce.ipynb #c014
-@dataclass(frozen=True)
+@frozen
 class Std(Var):
     r"$s = \sqrt v$, with slope 0 at 0"
     def compute(self, x): return xp(x).sqrt(super().compute(x))
@@ -86,7 +85,7 @@ def std(
 Tensor.std = std
 
 # %% ../../nbs/12_reduce.ipynb #c021
-@dataclass(frozen=True)
+@frozen
 class Max(UnaryOp):
     r"$y = \max_{\text{axes}} x$; numbers that tie share the adjoint"
     axes:tuple|None = None # all of them if `None`
@@ -131,7 +130,7 @@ def min(
 Tensor.min = min
 
 # %% ../../nbs/12_reduce.ipynb #c025
-@dataclass(frozen=True)
+@frozen
 class ArgMax(UnaryOp):
     "Place of the largest number; of the first, if several tie"
     axis:int|None = None  # that places are counted along; in row-major order if `None`
@@ -168,7 +167,7 @@ def argmin(
 Tensor.argmin = argmin
 
 # %% ../../nbs/12_reduce.ipynb #c033
-@dataclass(frozen=True)
+@frozen
 class All(UnaryOp):
     "Whether all numbers over axes are other than 0"
     axes:tuple|None = None # all of them if `None`
@@ -203,7 +202,7 @@ def any(
 Tensor.any = any
 
 # %% ../../nbs/12_reduce.ipynb #c039
-@dataclass(frozen=True)
+@frozen
 class Norm(UnaryOp):
     r"$y = \big(\sum_{\text{axes}}|x|^p\big)^{1/p}$, with slope 0 at 0"
     ord:float = 2          # p, any number or ±∞; 0 counts what is not 0
@@ -244,7 +243,7 @@ def norm(
 Tensor.norm = norm
 
 # %% ../../nbs/12_reduce.ipynb #c048
-@dataclass(frozen=True)
+@frozen
 class LogSumExp(UnaryOp):
     r"$y = \ln\sum_{\text{axes}} e^x$"
     axes:tuple|None = None # all of them if `None`
@@ -276,7 +275,7 @@ def logsumexp(
 Tensor.logsumexp = logsumexp
 
 # %% ../../nbs/12_reduce.ipynb #c057
-@dataclass(frozen=True)
+@frozen
 class Softmax(UnaryOp):
     r"$y_i = e^{x_i}/\sum_j e^{x_j}$ along an axis"
     axis:int = -1 # the sum over it is 1
@@ -298,7 +297,7 @@ def softmax(
 Tensor.softmax = softmax
 
 # %% ../../nbs/12_reduce.ipynb #c062
-@dataclass(frozen=True)
+@frozen
 class LogSoftmax(UnaryOp):
     r"$y_i = x_i - \ln\sum_j e^{x_j}$ along an axis"
     axis:int = -1 # that the probabilities sum to 1 over
@@ -367,7 +366,7 @@ def _standardize(x, naxes, eps):
     return y,r
 
 # %% ../../nbs/12_reduce.ipynb #c076
-@dataclass(frozen=True)
+@frozen
 class LayerNorm(TensorOp):
     r"$y = \hat x w + b$, $\hat x$ with mean 0 and variance 1 over the last axes; $w$ and $b$ may be left out"
     naxes:int        # how many of the last axes
@@ -385,7 +384,7 @@ class LayerNorm(TensorOp):
                 *(summation(out_grad if i else out_grad*LayerNorm(self.naxes, self.eps)(x), rest) if t.needs else None for i,t in enumerate(wb)))
 
 # %% ../../nbs/12_reduce.ipynb #c077
-@dataclass(frozen=True)
+@frozen
 class LayerNormAdjoint(TensorOp):
     r"$A_x h = r\,(h-\overline h-\hat x\,\overline{\hat x h})$ over the last axes"
     naxes:int        # how many of the last axes
@@ -426,7 +425,7 @@ def layer_norm(
     return LayerNorm(len(shape), eps)(*(astype(t, dtype) for t in inputs))
 
 # %% ../../nbs/12_reduce.ipynb #c085
-@dataclass(frozen=True)
+@frozen
 class TakeAlongAxis(TensorOp):
     "Numbers at given places along an axis; adjoint of `AddAlongAxis`"
     axis:int # places are counted along it; the other axes of `x` and of the places are equal
@@ -437,7 +436,7 @@ class TakeAlongAxis(TensorOp):
         return AddAlongAxis(self.axis, x.shape[self.axis])(out_grad, places), None
 
 # %% ../../nbs/12_reduce.ipynb #c086
-@dataclass(frozen=True)
+@frozen
 class AddAlongAxis(TensorOp):
     "Zeros, with numbers added in at given places along an axis; adjoint of `TakeAlongAxis`"
     axis:int # places are counted along it
@@ -501,7 +500,7 @@ def take_along_axis(
 Tensor.take_along_axis = take_along_axis
 
 # %% ../../nbs/12_reduce.ipynb #c095
-@dataclass(frozen=True)
+@frozen
 class ArgSort(UnaryOp):
     "Places of the numbers along an axis, in order; equal numbers keep theirs"
     axis:int = -1
@@ -538,7 +537,7 @@ def sort(
 Tensor.sort = sort
 
 # %% ../../nbs/12_reduce.ipynb #c100
-@dataclass(frozen=True)
+@frozen
 class ArgTopK(UnaryOp):
     "Places of the largest k numbers along an axis, or of the smallest, in order"
     k:int
@@ -579,7 +578,7 @@ def _lower_median(x, axis): # NumPy only
 def _same(x, y): return (x==y) | ((x!=x) & (y!=y))
 
 # %% ../../nbs/12_reduce.ipynb #c104
-@dataclass(frozen=True)
+@frozen
 class ArgMedian(UnaryOp):
     "Place of the lower median along an axis, which stays with size 1; the first, if several tie"
     axis:int
@@ -614,7 +613,7 @@ def median(
 Tensor.median = median
 
 # %% ../../nbs/12_reduce.ipynb #c110
-@dataclass(frozen=True)
+@frozen
 class CumSum(UnaryOp):
     r"$y_k = \sum_{i\le k} x_i$ along an axis; the adjoint runs the other way"
     axis:int
@@ -636,7 +635,7 @@ def cumsum(
 Tensor.cumsum = cumsum
 
 # %% ../../nbs/12_reduce.ipynb #c114
-@dataclass(frozen=True)
+@frozen
 class Shift(UnaryOp):
     r"$y_i = x_{i-1}$ along an axis, and $y_0$ a constant; the adjoint shifts back"
     axis:int
@@ -667,7 +666,7 @@ def _scan(a, b):
     return s
 
 # %% ../../nbs/12_reduce.ipynb #c118
-@dataclass(frozen=True)
+@frozen
 class LinearScan(TensorOp):
     r"$s_i = a_i s_{i-1} + b_i$ along an axis; the adjoint runs the other way"
     axis:int
@@ -693,7 +692,7 @@ def linear_scan(
     return LinearScan(as_axis('linear_scan', a, axis), reverse)(a, b)
 
 # %% ../../nbs/12_reduce.ipynb #c123
-@dataclass(frozen=True)
+@frozen
 class CumProd(UnaryOp):
     r"$y_k = \prod_{i\le k} x_i$ along an axis"
     axis:int
@@ -706,7 +705,7 @@ class CumProd(UnaryOp):
         return Shift(axis, reverse, 1.)(node) * LinearScan(axis, not reverse)(Shift(axis, not reverse)(x), out_grad)
 
 # %% ../../nbs/12_reduce.ipynb #c124
-@dataclass(frozen=True)
+@frozen
 class Prod(UnaryOp):
     r"$y = \prod_i x_i$ along an axis"
     axis:int

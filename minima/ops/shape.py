@@ -10,11 +10,10 @@ __all__ = ['cat', 'as_axes', 'Reshape', 'reshape', 'flatten', 'ravel', 'squeeze'
            'Diagonal', 'PutDiagonal', 'diagonal', 'diag_embed', 'diag', 'Tril', 'Triu', 'tril', 'triu']
 
 # %% ../../nbs/10_shape.ipynb #c003
-from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 from numpy.lib.array_utils import normalize_axis_tuple
-from ..autograd import Op, Tensor, TensorOp, TensorTuple, UnaryOp
+from ..autograd import Op, Tensor, TensorOp, TensorTuple, UnaryOp, frozen
 from ..device import Meta, xp
 
 # %% ../../nbs/10_shape.ipynb #c006
@@ -45,7 +44,7 @@ def _axis(name, axis, shape):
     return _positive(name, _ints((axis,), name), shape)[0]
 
 # %% ../../nbs/10_shape.ipynb #c010
-@dataclass(frozen=True)
+@frozen
 class Reshape(UnaryOp):
     "The same elements in row-major order, in another shape"
     shape:tuple # of the result; one size may be -1
@@ -102,7 +101,7 @@ def unsqueeze(
 Tensor.squeeze,Tensor.unsqueeze = squeeze,unsqueeze
 
 # %% ../../nbs/10_shape.ipynb #c023
-@dataclass(frozen=True)
+@frozen
 class Transpose(UnaryOp):
     "Two axes exchanged; its own adjoint"
     axes:tuple|None = None # a pair; the last two if `None`
@@ -130,7 +129,7 @@ Tensor.transpose = transpose
 Tensor.T = property(lambda self: transpose(self), doc="The last two axes exchanged")
 
 # %% ../../nbs/10_shape.ipynb #c031
-@dataclass(frozen=True)
+@frozen
 class Permute(UnaryOp):
     "All axes in a given order"
     axes:tuple # axis `k` of the result is axis `axes[k]` of the input
@@ -175,7 +174,7 @@ def swapaxes(
 Tensor.moveaxis,Tensor.swapaxes = moveaxis,swapaxes
 
 # %% ../../nbs/10_shape.ipynb #c039
-@dataclass(frozen=True)
+@frozen
 class BroadcastTo(UnaryOp):
     "Repeat along new axes and axes of size 1; the adjoint is a sum over what was repeated"
     shape:tuple # of the result
@@ -198,7 +197,7 @@ def broadcast_to(
 Tensor.broadcast_to = broadcast_to
 
 # %% ../../nbs/10_shape.ipynb #c043
-@dataclass(frozen=True)
+@frozen
 class Summation(UnaryOp):
     r"$y = \sum_{\text{axes}} x$; adjoint of `BroadcastTo`"
     axes:tuple|None = None # axes to add up; all of them if `None`
@@ -269,7 +268,7 @@ def repeat_interleave(
 Tensor.repeat_interleave = repeat_interleave
 
 # %% ../../nbs/10_shape.ipynb #c063
-@dataclass(frozen=True)
+@frozen
 class Slice(UnaryOp):
     "A part of a tensor; adjoint of `Pad`"
     spans:tuple # for each axis: start, stop, step
@@ -277,7 +276,7 @@ class Slice(UnaryOp):
     def gradient(self, out_grad, node): return Pad(self.spans, node.inputs[0].shape)(out_grad)
 
 # %% ../../nbs/10_shape.ipynb #c064
-@dataclass(frozen=True)
+@frozen
 class Pad(UnaryOp):
     "One value everywhere, and a tensor at some places; adjoint of `Slice`"
     spans:tuple     # as in `Slice`: where the tensor is put
@@ -312,7 +311,7 @@ def narrow(
 Tensor.narrow = narrow
 
 # %% ../../nbs/10_shape.ipynb #c068
-@dataclass(frozen=True)
+@frozen
 class Flip(UnaryOp):
     "Axes in reverse; its own adjoint"
     axes:tuple # which, from 0
@@ -330,7 +329,7 @@ def flip(
 Tensor.flip = flip
 
 # %% ../../nbs/10_shape.ipynb #c070
-@dataclass(frozen=True)
+@frozen
 class Roll(UnaryOp):
     "Each element some places on, round the end"
     shifts:tuple # how many places, for each of `axes`
@@ -353,7 +352,7 @@ def roll(
 Tensor.roll = roll
 
 # %% ../../nbs/10_shape.ipynb #c076
-@dataclass(frozen=True)
+@frozen
 class Concat(TensorOp):
     "Tensors one behind the other; adjoint of `Split`"
     axis:int # along which, from 0
@@ -386,7 +385,7 @@ def concat(
 cat = concat
 
 # %% ../../nbs/10_shape.ipynb #c078
-@dataclass(frozen=True)
+@frozen
 class Split(Op):
     "A tensor cut into several; adjoint of `Concat`"
     sizes:tuple # of the parts
@@ -425,7 +424,7 @@ def chunk(
 Tensor.split,Tensor.chunk = split,chunk
 
 # %% ../../nbs/10_shape.ipynb #c085
-@dataclass(frozen=True)
+@frozen
 class Stack(TensorOp):
     "Tensors of one shape along a new axis"
     axis:int # the new one, from 0
@@ -520,7 +519,7 @@ def _gap(name, dilation):
 Tensor.dilate,Tensor.undilate = dilate,undilate
 
 # %% ../../nbs/10_shape.ipynb #c098
-@dataclass(frozen=True)
+@frozen
 class Diagonal(UnaryOp):
     "The elements at `(i, i+offset)`; adjoint of `PutDiagonal`"
     offset:int = 0     # above the main diagonal, or below if negative
@@ -529,7 +528,7 @@ class Diagonal(UnaryOp):
     def gradient(self, out_grad, node): return PutDiagonal(node.inputs[0].shape, self.offset, self.axes)(out_grad)
 
 # %% ../../nbs/10_shape.ipynb #c099
-@dataclass(frozen=True)
+@frozen
 class PutDiagonal(UnaryOp):
     "Zeros, and the elements of the last axis at `(i, i+offset)`; adjoint of `Diagonal`"
     shape:tuple        # of the result
@@ -573,7 +572,7 @@ def diag(
 Tensor.diagonal,Tensor.diag_embed,Tensor.diag = diagonal,diag_embed,diag
 
 # %% ../../nbs/10_shape.ipynb #c103
-@dataclass(frozen=True)
+@frozen
 class Tril(UnaryOp):
     "The lower triangle, zeros above; its own adjoint"
     offset:int = 0 # of the last diagonal that stays
@@ -581,7 +580,7 @@ class Tril(UnaryOp):
     def gradient(self, out_grad, node): return self(out_grad)
 
 # %% ../../nbs/10_shape.ipynb #c104
-@dataclass(frozen=True)
+@frozen
 class Triu(UnaryOp):
     "The upper triangle, zeros below; its own adjoint"
     offset:int = 0 # of the first diagonal that stays
