@@ -258,9 +258,13 @@ class LogSumExp(UnaryOp):
         return g*exp(x - y)
 
 # %% ../../nbs/12_reduce.ipynb #c049
+def _max_kept(x, axis):
+    "The maximum with its axes kept; 0 where there is nothing to take it of"
+    return xp(x).max(x, axis=axis, keepdims=True) if x.size else xp(x).sum(x, axis=axis, keepdims=True)
+
 def _safe_max(x, axes):
     "The maximum, with its axes kept, or 0 where it is not finite and would make `x - m` not a number"
-    m = xp(x).max(x, axis=axes, keepdims=True)
+    m = _max_kept(x, axes)
     return xp(x).where(xp(x).isfinite(m), m, xp(x).zeros_like(m))
 
 # %% ../../nbs/12_reduce.ipynb #c050
@@ -280,7 +284,7 @@ class Softmax(UnaryOp):
     r"$y_i = e^{x_i}/\sum_j e^{x_j}$ along an axis"
     axis:int = -1 # the sum over it is 1
     def compute(self, x):
-        e = xp(x).exp(x - xp(x).max(x, axis=self.axis, keepdims=True))
+        e = xp(x).exp(x - _max_kept(x, self.axis))
         return e / xp(x).sum(e, axis=self.axis, keepdims=True)
     def gradient(self, out_grad, node):
         g = out_grad*node
@@ -302,7 +306,7 @@ class LogSoftmax(UnaryOp):
     r"$y_i = x_i - \ln\sum_j e^{x_j}$ along an axis"
     axis:int = -1 # that the probabilities sum to 1 over
     def compute(self, x):
-        x = x - xp(x).max(x, axis=self.axis, keepdims=True)
+        x = x - _max_kept(x, self.axis)
         return x - xp(x).log(xp(x).sum(xp(x).exp(x), axis=self.axis, keepdims=True))
     def gradient(self, out_grad, node):
         return out_grad - exp(node)*summation(out_grad, (self.axis,), True)
