@@ -58,7 +58,9 @@ def frozen(cls):
 
 # %% ../nbs/03_tensor.ipynb #c011
 RECORD, LAZY, ANOMALY = 1, 2, 4
-class _Mode(threading.local): level = RECORD
+class _Mode(threading.local):
+    level = RECORD
+    read = 1 # rank of the newest reading of numbers through which a gradient flows; later is smaller
 mode = _Mode()
 
 # %% ../nbs/03_tensor.ipynb #c012
@@ -281,13 +283,14 @@ def requires_grad_(self:Tensor, requires_grad=True)->Tensor:
 def numpy(self:Tensor)->np.ndarray:
     "The array; read-only if gradients depend on it, otherwise shared and writable"
     a = np.asarray(self.realize_cached_data())
-    if self.needs: a = a.view(); a.flags.writeable = False
+    if self.needs: a = a.view(); a.flags.writeable = False; mode.read = next_rank()
     return a
 
 @patch
 def item(self:Tensor):
     "The only element, as a number of Python"
     if self.size!=1: raise ValueError(f'item: a tensor of shape {self.shape} has {self.size} elements, not one')
+    if self.needs: mode.read = next_rank()
     return np.asarray(self.realize_cached_data()).item()
 
 @patch
@@ -309,7 +312,7 @@ def detach(self:Tensor)->Tensor:
 @patch
 def __repr__(self:Tensor):
     "The array, between `minima.Tensor(` and `)`"
-    return f'minima.Tensor(\n{self.numpy()})'
+    return f'minima.Tensor(\n{np.asarray(self.realize_cached_data())})'
 
 @patch
 def __len__(self:Tensor):
