@@ -12,7 +12,7 @@ from types import MethodType, SimpleNamespace
 from weakref import ref
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
-from ..autograd import LAZY, RECORD, Op, Tensor, TensorOp, TensorTuple, UnaryOp, frozen, is_grad_enabled, mode, next_rank, no_grad, tuple_get_item, using
+from ..autograd import Op, Tensor, TensorOp, TensorTuple, UnaryOp, frozen, is_grad_enabled, mode, next_rank, no_grad, tuple_get_item, using
 from ..device import Meta, xp
 from .elementwise import MapOp, ZipOp, as_number, as_tensor, as_tensors, astype
 from .shape import Reshape, as_axes, broadcast_to, permute, reshape
@@ -21,7 +21,7 @@ from .shape import Reshape, as_axes, broadcast_to, permute, reshape
 def _try(f, *args):
     "What `f` makes of several numbers at a time, `None` if it refuses them"
     try:
-        with using(off=RECORD|LAZY), np.errstate(all='ignore'): return f(*args)
+        with using(off=mode.level), np.errstate(all='ignore'): return f(*args)
     except (TypeError, ValueError, IndexError): pass
 
 class _Rules:
