@@ -92,7 +92,7 @@ class Map(_Rules, MapOp):
 # %% ../../nbs/16_fold.ipynb #c012
 def op_map(
     f,             # a number to a number; or an array to an array of its shape
-    df=None,       # x to the slope of `f` at x: with operations of tensors, or of numbers, and then without a second derivative; `f` itself if it is its own slope
+    df=None,       # x to the slope at x, of tensors or of numbers; f itself, if it is its own
     name:str=None, # as it is printed; the name of `f` if `None`
 ) -> Map:          # a function of a tensor
     r"The operator $y_i=f(x_i)$"
@@ -118,7 +118,7 @@ class Zip(_Rules, ZipOp):
 # %% ../../nbs/16_fold.ipynb #c026
 def op_zip(
     f,             # two numbers to a number; or two arrays of one shape to a third
-    dfa=None,      # a, b to the slope of `f` as a moves, of tensors or of numbers, as in `op_map`
+    dfa=None,      # a, b to the slope as a moves, of tensors or of numbers
     dfb=None,      # a, b to the slope as b moves
     name:str=None, # as it is printed; the name of `f` if `None`
 ) -> Zip:          # a function of two tensors that broadcast, one of which may be a number
@@ -176,9 +176,9 @@ class Reduce(_Rules, UnaryOp):
 
 # %% ../../nbs/16_fold.ipynb #c034
 def op_reduce(
-    f,             # the result so far and a number, to the result; a ufunc of NumPy folds by its own `reduce`
-    df=None,       # x, y to the share of x in the result y, of tensors or of numbers, as in `op_map`; as tensors x is (..., n), the folded numbers last, and y (..., 1)
-    start=None,    # the result of no numbers; without it, and without an identity of the ufunc, such a fold is an error
+    f,             # the result so far and a number, to the result
+    df=None,       # x, y to the share of x in the result y; as tensors, (..., n) and (..., 1)
+    start=None,    # the result of no numbers; without it, to fold none is an error
     name:str=None, # as it is printed; the name of `f` if `None`
 ) -> Reduce:       # a function of a tensor, of `axes` (all of them if `None`) and of `keepdims`
     r"The operator $y=f(\dots f(f(x_1,x_2),x_3)\dots)$ over axes"
@@ -344,7 +344,7 @@ def _as_results(name, out):
 
 # %% ../../nbs/16_fold.ipynb #c056
 def once_differentiable(
-    backward, # of a `Function`
+    backward, # of a subclass of Function
 ): # the same, never recorded: a second derivative is an error
     "For a `backward` that is right once; goes under `@staticmethod`, as in torch"
     def once(ctx, *grads):
