@@ -10,6 +10,7 @@ import html, math, re, struct, zlib
 from base64 import b64encode
 from bisect import bisect, insort
 from collections import Counter, defaultdict, namedtuple
+from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import accumulate
 from pathlib import Path
@@ -412,11 +413,11 @@ def _graph(y, grads=None, values=True, max_nodes=60, fold=None, names=None):
 
 # %% ../nbs/01_draw.ipynb #c064
 def draw_graph(
-    y,                   # a node: `op` (`None` in a leaf) and `inputs`; `shape`, `dtype`, `cached_data` or `data`, `grad` and `name` are shown if it has them
+    y,                    # a node: it has `op` (`None` in a leaf) and `inputs`
     grads:dict|None=None, # from `id(node)` to its gradient, instead of `node.grad`
-    values:bool=True,    # write the numbers of arrays of up to 4? Otherwise shapes only
-    max_nodes:int=60,    # larger graphs are folded by the dotted names that nodes have as `scope`; of what is still more the last so many are drawn
-    fold=None,           # from a node to what it is folded into, `None` if it stands alone; or `False`: no folding
+    values:bool=True,     # write the numbers of arrays of up to 4? Otherwise shapes only
+    max_nodes:int=60,     # larger graphs are folded by `scope`, then cut
+    fold:Callable|bool|None=None, # from node to what it is folded into; `False`: no folding
     names:dict|None=None, # from node to what it is called, instead of `node.name`
 ) -> SVG: # each node or module once; an arrow for each use of a node
     "The graph that computed `y`"

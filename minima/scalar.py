@@ -97,7 +97,7 @@ Scalar.exp,Scalar.log,Scalar.tanh,Scalar.sigmoid,Scalar.relu = exp,log,tanh,sigm
 def backward(self:Scalar,
     out_grad:float=1., # adjoint of this number
 ):
-    "Add to `grad` of every leaf the derivative of this number by it, times `out_grad`; results get theirs anew"
+    "Add to `.grad` of every leaf the derivative of this number by it, times `out_grad`; results get theirs anew"
     users,ready = {self:0},[self]
     while ready:
         n = ready.pop()
