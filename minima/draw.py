@@ -50,13 +50,13 @@ class SVG:
     "A picture: text that Jupyter shows and `save` writes"
     def __init__(self,
         body:list,    # elements, each a string
-        width:float,  # in pixels; the picture shrinks with a narrower page
+        width:float,  # in pixels; on a narrower page it shrinks by up to a fifth, then the page scrolls
         height:float, # in pixels
         alt:str,      # what it shows, for those who cannot see it
     ):
         self.alt = f'{alt}, {_px(width)}×{_px(height)}'
-        self.text = _tag('svg', '\n'.join(['', f'<style>svg:root{{color:{_grey}}}</style>', *body, '']), xmlns='http://www.w3.org/2000/svg',
-            viewBox=f'0 0 {_px(width)} {_px(height)}', width=width, height=height, style='max-width:100%;height:auto', role='img', aria_label=alt,
+        self.text = _tag('svg', '\n'.join(['', f'<style>svg:root{{color:{_grey};min-width:0!important}}</style>', *body, '']), xmlns='http://www.w3.org/2000/svg',
+            viewBox=f'0 0 {_px(width)} {_px(height)}', width=width, height=height, style=f'max-width:100%;min-width:{_px(.8*width)}px;height:auto', role='img', aria_label=alt,
             fill='currentColor', font_size=12, font_family="ui-monospace,'DejaVu Sans Mono',Menlo,Consolas,monospace")
     def save(self,
         path:str|Path, # of the file to write
@@ -431,8 +431,8 @@ def draw_graph(
 # %% ../nbs/01_draw.ipynb #c087
 @delegates(draw_graph)
 def to_dot(
-    y,        # a node, as in `draw_graph`
-    **kwargs, # as in `draw_graph`
+    y,        # a node, as for draw_graph
+    **kwargs, # as for draw_graph
 ) -> str: # for Graphviz; `dot -Tsvg` draws it
     "The graph that computed `y`, in the DOT language"
     def quoted(b): return '"' + '\\n'.join(html.escape(s, quote=False).replace('\\',r'\\').replace('"',r'\"') for s in [*b.lines, b.grad] if s) + '"'
@@ -445,8 +445,8 @@ def to_dot(
 # %% ../nbs/01_draw.ipynb #c088
 @delegates(draw_graph)
 def to_mermaid(
-    y,        # a node, as in `draw_graph`
-    **kwargs, # as in `draw_graph`
+    y,        # a node, as for draw_graph
+    **kwargs, # as for draw_graph
 ) -> str: # for a block of Markdown that begins with ```mermaid
     "The graph that computed `y`, as a flowchart of Mermaid"
     def escaped(s): return re.sub(r'[!-\'*+/:-<>-@\\^-`{-~-]|\.(?!\d)', lambda c: f'#{ord(c[0])};', s)
