@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Keys', 'Parameter', 'Module', 'Summary', 'Sequential', 'ModuleList', 'ModuleDict', 'Identity', 'Residual', 'Lambda',
-           'Flatten', 'Linear', 'Conv2d', 'Conv1d', 'ConvTranspose2d', 'ConvTranspose1d', 'MaxPool2d', 'MaxPool1d',
-           'AvgPool2d', 'AvgPool1d', 'AdaptiveAvgPool2d', 'AdaptiveAvgPool1d', 'Upsample', 'BatchNorm1d', 'BatchNorm2d',
+           'Flatten', 'Linear', 'Conv1d', 'Conv2d', 'ConvTranspose1d', 'ConvTranspose2d', 'MaxPool1d', 'MaxPool2d',
+           'AvgPool2d', 'AvgPool1d', 'AdaptiveAvgPool1d', 'AdaptiveAvgPool2d', 'Upsample', 'BatchNorm1d', 'BatchNorm2d',
            'LayerNorm', 'GroupNorm', 'rms_norm', 'RMSNorm', 'dropout', 'Dropout', 'Embedding', 'ReLU', 'ReLU6', 'SELU',
            'SiLU', 'Mish', 'Hardsigmoid', 'Hardswish', 'Sigmoid', 'LogSigmoid', 'Tanh', 'Softsign', 'LeakyReLU', 'ELU',
            'CELU', 'Hardtanh', 'GELU', 'Softplus', 'PReLU', 'Softmax', 'LogSoftmax', 'mse_loss', 'l1_loss',
@@ -31,7 +31,7 @@ from .ops.elementwise import ZipOp, _gate, absolute, astype, as_tensor, celu, cl
 from .ops.index import embedding
 from .ops.linalg import linear
 from .ops.reduce import SoftmaxCrossEntropy, layer_norm, log_softmax, mean, softmax, take_along_axis, var
-from .ops.shape import as_axes, flatten, moveaxis, pad, permute, reshape, summation
+from .ops.shape import as_axes, flatten, moveaxis, pad, reshape, summation
 
 # %% ../nbs/31_nn.ipynb #c007
 class Parameter(Tensor):
@@ -490,9 +490,7 @@ class _Conv(Module):
         return pad(x, [p for n in total[::-1] for p in (n//2, n-n//2)], self.padding_mode), 0
 
 # %% ../nbs/31_nn.ipynb #c045
-class Conv2d(_Conv):
-    "Each window of the images with each kernel"
-    d = 2
+class _PlainConv(_Conv):
     def __init__(self,
         in_channels:int,  # c
         out_channels:int, # o, how many kernels
@@ -509,16 +507,18 @@ class Conv2d(_Conv):
     def forward(self, x): # (n, c, h, w) → (n, o, …)
         x,padding = self._bordered(x)
         return self.function(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-    function = staticmethod(conv2d)
 
-class Conv1d(Conv2d):
+class Conv1d(_PlainConv):
     "Each window of the sequences with each kernel"
     d,function = 1,staticmethod(conv1d)
 
+class Conv2d(_PlainConv):
+    "Each window of the images with each kernel"
+    d,function = 2,staticmethod(conv2d)
+
 # %% ../nbs/31_nn.ipynb #c046
-class ConvTranspose2d(_Conv):
-    "Kernels stamped where each element stands, and added"
-    d,transposed = 2,True
+class _ConvTranspose(_Conv):
+    transposed = True
     def __init__(self,
         in_channels:int,  # c
         out_channels:int, # o
@@ -534,16 +534,18 @@ class ConvTranspose2d(_Conv):
         generator=None,   # a generator, or an integer to start one from; the package's own if `None`
     ): self._setup(in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation, groups, bias, padding_mode, dtype, generator)
     def forward(self, x): return self.function(x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation) # (n, c, h, w) → (n, o, …)
-    function = staticmethod(conv_transpose2d)
 
-class ConvTranspose1d(ConvTranspose2d):
-    "Kernels stamped where each element stands, and added"
+class ConvTranspose1d(_ConvTranspose):
+    "Kernels stamped where each element of a sequence stands, and added"
     d,function = 1,staticmethod(conv_transpose1d)
 
+class ConvTranspose2d(_ConvTranspose):
+    "Kernels stamped where each pixel stands, and added"
+    d,function = 2,staticmethod(conv_transpose2d)
+
 # %% ../nbs/31_nn.ipynb #c048
-class MaxPool2d(Module):
-    "The largest element of each window"
-    shown,function = 'kernel_size={kernel_size}, stride={stride}, padding={padding}, dilation={dilation}, ceil_mode=False',staticmethod(max_pool2d)
+class _MaxPool(Module):
+    shown = 'kernel_size={kernel_size}, stride={stride}, padding={padding}, dilation={dilation}, ceil_mode=False'
     def __init__(self,
         kernel_size, # a number or a pair, as all of these
         stride=None, # from a window to the next; the kernel if `None`
@@ -552,14 +554,17 @@ class MaxPool2d(Module):
     ): self.kernel_size,self.stride,self.padding,self.dilation = kernel_size,kernel_size if stride is None else stride,padding,dilation
     def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.dilation)
 
-class MaxPool1d(MaxPool2d):
-    "The largest element of each window"
+class MaxPool1d(_MaxPool):
+    "The largest element of each window of a sequence"
     function = staticmethod(max_pool1d)
 
+class MaxPool2d(_MaxPool):
+    "The largest element of each window of an image"
+    function = staticmethod(max_pool2d)
+
 # %% ../nbs/31_nn.ipynb #c049
-class AvgPool2d(Module):
-    "The mean of each window"
-    shown,function = 'kernel_size={kernel_size}, stride={stride}, padding={padding}',staticmethod(avg_pool2d)
+class _AvgPool(Module):
+    shown = 'kernel_size={kernel_size}, stride={stride}, padding={padding}'
     def __init__(self,
         kernel_size, # a number or a pair, as all of these
         stride=None, # from a window to the next; the kernel if `None`
@@ -568,23 +573,30 @@ class AvgPool2d(Module):
     ): self.kernel_size,self.stride,self.padding,self.count_include_pad = kernel_size,kernel_size if stride is None else stride,padding,count_include_pad
     def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.count_include_pad)
 
-class AvgPool1d(AvgPool2d):
-    "The mean of each window"
+class AvgPool2d(_AvgPool):
+    "The mean of each window of an image"
+    function = staticmethod(avg_pool2d)
+
+class AvgPool1d(_AvgPool):
+    "The mean of each window of a sequence"
     function = staticmethod(avg_pool1d)
     def extra_repr(self): return ', '.join(f'{n}={_each(n, getattr(self, n), 1, 0)}' for n in ('kernel_size', 'stride', 'padding'))
 
 # %% ../nbs/31_nn.ipynb #c050
-class AdaptiveAvgPool2d(Module):
-    "Means of nearly equal windows, as many as asked for"
-    shown,function = 'output_size={output_size}',staticmethod(adaptive_avg_pool2d)
+class _AdaptiveAvgPool(Module):
+    shown = 'output_size={output_size}'
     def __init__(self,
-        output_size, # (h, w), or a number for both
+        output_size, # a number, or (h, w) for an image
     ): self.output_size = output_size
     def forward(self, x): return self.function(x, self.output_size)
 
-class AdaptiveAvgPool1d(AdaptiveAvgPool2d):
-    "Means of nearly equal windows, as many as asked for"
+class AdaptiveAvgPool1d(_AdaptiveAvgPool):
+    "Means of nearly equal windows of a sequence, as many as asked for"
     function = staticmethod(adaptive_avg_pool1d)
+
+class AdaptiveAvgPool2d(_AdaptiveAvgPool):
+    "Means of nearly equal windows of an image, as many as asked for"
+    function = staticmethod(adaptive_avg_pool2d)
 
 class Upsample(Module):
     "Between the pixels"
@@ -621,29 +633,24 @@ class _BatchNorm(Module):
             self.register_buffer(name, t if track_running_stats else None)
     def forward(self, x): # (n, c, …) → same shape
         if x.ndim not in self.ndims or x.shape[1]!=self.num_features: raise ValueError(f"{type(self).__name__}: x {x.shape}, wanted {self.num_features} channels, and {' or '.join(map(str, self.ndims))} axes")
-        if not self.training and self.running_mean is not None: return self.by_running(x)
-        s,order = x.shape,(1, *range(2, x.ndim), 0)
-        n = x.size//s[1]
-        if n<2 and self.training: raise ValueError(f'{type(self).__name__}: x {s} has {n} number for each channel; its variance is unknown')
-        x = reshape(permute(x, order), (s[1],n)) # a row for each channel
-        if self.training and self.running_mean is not None: self.update(x)
-        y = layer_norm(x, n, eps=self.eps)
-        if self.weight is not None: y = y*reshape(self.weight, (-1,1))
-        if self.bias is not None: y = y + reshape(self.bias, (-1,1))
-        return moveaxis(reshape(y, [s[i] for i in order]), -1, 0)
-    def update(self, x):
-        "Running statistics, from (c, n)"
+        axes,shape = (0, *range(2, x.ndim)),(1, -1, *(1,)*(x.ndim-2))
+        if not self.training and self.running_mean is not None: m,v = reshape(self.running_mean, shape),reshape(self.running_var, shape)
+        else:
+            m,v = mean(x, axes, True),var(x, axes, 0, True)
+            if self.training: self.update(m, v, x.size//x.shape[1])
+        scale = rsqrt(v + self.eps)
+        if self.weight is not None: scale = scale*reshape(self.weight, shape)
+        y = (x - m)*scale
+        return y if self.bias is None else y + reshape(self.bias, shape)
+    def update(self, m, v, n):
+        "Running statistics, from those of a batch with `n` numbers in each channel"
+        if n<2: raise ValueError(f'{type(self).__name__}: {n} number in each channel has no variance; training needs more')
+        if self.running_mean is None: return
         with no_grad():
             self.num_batches_tracked += 1
-            m = 1/self.num_batches_tracked if self.momentum is None else self.momentum
-            self.running_mean *= 1-m; self.running_mean += mean(x, 1)*m
-            self.running_var  *= 1-m; self.running_var  += var(x, 1)*m
-    def by_running(self, x):
-        w = rsqrt(self.running_var + self.eps)
-        if self.weight is not None: w = w*self.weight
-        b = -self.running_mean*w if self.bias is None else self.bias - self.running_mean*w
-        shape = (-1, *(1,)*(x.ndim-2))
-        return x*reshape(w, shape) + reshape(b, shape)
+            share = 1/self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean *= 1-share; self.running_mean += reshape(m, (-1,))*share
+            self.running_var  *= 1-share; self.running_var  += reshape(v, (-1,))*(share*n/(n-1))
 
 # %% ../nbs/31_nn.ipynb #c056
 class BatchNorm1d(_BatchNorm):
@@ -812,18 +819,16 @@ class LeakyReLU(_Activation):
     ): self.negative_slope,self.inplace = negative_slope,inplace
     def forward(self, x): return leaky_relu(x, self.negative_slope)
 
-class ELU(_Activation):
-    r"$x$ where it is positive, else $\alpha(e^x-1)$"
+class _ELU(_Activation):
     shown = 'alpha={alpha}'
     def __init__(self,
         alpha=1., # α
         inplace=False,
     ): self.alpha,self.inplace = alpha,inplace
-    def forward(self, x): return elu(x, self.alpha)
+    def forward(self, x): return self.function(x, self.alpha)
 
-class CELU(ELU):
-    r"$x$ where it is positive, else $\alpha(e^{x/\alpha}-1)$"
-    def forward(self, x): return celu(x, self.alpha)
+class ELU(_ELU):  r"$x$ where it is positive, else $\alpha(e^x-1)$"; function = staticmethod(elu)
+class CELU(_ELU): r"$x$ where it is positive, else $\alpha(e^{x/\alpha}-1)$"; function = staticmethod(celu)
 
 class Hardtanh(_Activation):
     r"$x$ between bounds"
@@ -865,17 +870,15 @@ class PReLU(Module):
         self.weight = Parameter(ones(num_parameters, dtype=dtype)*init)
     def forward(self, x): return prelu(x, self.weight)
 
-class Softmax(Module):
-    r"$e^{x_i}/\sum_je^{x_j}$"
+class _Softmax(Module):
     shown = 'dim={dim}'
     def __init__(self,
         dim=-1, # the axis over which the results sum to 1
     ): self.dim = dim
-    def forward(self, x): return softmax(x, self.dim)
+    def forward(self, x): return self.function(x, self.dim)
 
-class LogSoftmax(Softmax):
-    r"$x_i-\ln\sum_je^{x_j}$"
-    def forward(self, x): return log_softmax(x, self.dim)
+class Softmax(_Softmax):    r"$e^{x_i}/\sum_je^{x_j}$"; function = staticmethod(softmax)
+class LogSoftmax(_Softmax): r"$x_i-\ln\sum_je^{x_j}$"; function = staticmethod(log_softmax)
 
 # %% ../nbs/31_nn.ipynb #c077
 def _reduce(name, l, reduction):
@@ -940,11 +943,14 @@ class _Targets(TensorOp):
     average:bool = True  # scaled so that the mean of the rows is the loss
     differentiable = False
     def compute(self, y, *w):
-        n,kept = len(y),np.flatnonzero(y!=self.ignore_index)
-        found = y[kept]
-        if found.size and not (0 <= found.min() and found.max() < self.k): raise ValueError(f'class numbers from {found.min()} to {found.max()}, wanted 0 to {self.k-1}')
-        t = np.zeros((n,self.k), self.dtype)
-        if self.smoothing: t[kept] = self.smoothing/self.k
+        n,k = len(y),self.k
+        kept,found = np.arange(n),y
+        if n and not 0 <= y.min() <= y.max() < k or 0 <= self.ignore_index < k:
+            kept = np.flatnonzero(y!=self.ignore_index)
+            found = y[kept]
+            if len(found) and not 0 <= found.min() <= found.max() < k: raise ValueError(f'class numbers from {found.min()} to {found.max()}, wanted 0 to {k-1}')
+        t = np.zeros((n,k), self.dtype)
+        if self.smoothing: t[kept] = self.smoothing/k
         t[kept,found] += 1-self.smoothing
         if w: t *= w[0]
         mass = w[0][found].sum() if w else len(found)
