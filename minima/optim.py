@@ -614,7 +614,7 @@ def state_dict(self:Optimizer) -> dict: # 'state': {number of a parameter: {'ste
 
 # %% ../nbs/32_optim.ipynb #c089
 @patch
-def load_param_state(self:Optimizer, p, group, saved):
+def _load_param_state(self:Optimizer, p, group, saved):
     "The state of one parameter, from what has been saved"
     s,a = {'step': int(saved.get('step', 1))},p.realize_cached_data()
     for k in self.slots(group):
@@ -625,7 +625,7 @@ def load_param_state(self:Optimizer, p, group, saved):
     return s
 
 @patch
-def load_param_state(self:LBFGS, p, group, saved):
+def _load_param_state(self:LBFGS, p, group, saved):
     def read(v):
         if isinstance(v, list): return [read(x) for x in v]
         if v is None or not hasattr(v, 'shape'): return v
@@ -647,7 +647,7 @@ def load_state_dict(self:Optimizer,
     owner = {i:(p,g) for g,s in zip(groups, saved) for i,p in zip(s['params'], g['params'])}
     states = {int(i):s for i,s in state_dict['state'].items()}
     if not states.keys() <= owner.keys(): raise ValueError(f'load_state_dict: state of parameters {sorted(states.keys()-owner.keys())}, which no group has')
-    self.state = {owner[i][0]: self.load_param_state(*owner[i], s) for i,s in states.items()}
+    self.state = {owner[i][0]: self._load_param_state(*owner[i], s) for i,s in states.items()}
     self.param_groups = groups
 
 # %% ../nbs/32_optim.ipynb #c095
