@@ -32,56 +32,35 @@ def _plain(x):
 # %% ../nbs/32_optim.ipynb #c008
 class Optimizer:
     "Updates tensors in place from their gradients"
-    elementwise = True  # whether `formula` treats every number by itself, so that it may be given pieces of an array
-    decoupled   = False # whether weight decay shrinks the weights, instead of joining the gradient
+    elementwise = True  # does `formula` treat every number by itself? then it is given pieces
+    decoupled   = False # does weight decay shrink the weights? otherwise it joins the gradient
     def __init__(self,
         params,   # iterable of `Tensor`, or of groups: dicts of 'params' and of options
-        defaults, # options of groups that have none of their own, the learning rate 'lr' among them
+        defaults, # options that groups may lack, the learning rate 'lr' among them
     ):
-        if isinstance(params, Tensor): raise TypeError(f'{type(self).__name__}: got a tensor, wanted an iterable of tensors or of dicts')
-        params = list(params)
-        if not params: raise ValueError(f'{type(self).__name__}: got an empty parameter list')
-        self.defaults,self.state,self.param_groups = defaults,{},[]
-        for group in params if isinstance(params[0], dict) else [{'params':params}]: self.add_param_group(group)
-    def add_param_group(self,
-        group, # dict: 'params', a tensor or an iterable of tensors, and options
-    ):
-        "Take care of more parameters from now on"
         name = type(self).__name__
-        if not isinstance(group, dict): raise TypeError(f'{name}: a parameter group is a dict, got {type(group).__name__}')
-        params = group['params']
-        if isinstance(params, set): raise TypeError(f'{name}: the order of a set changes from run to run; give the parameters as a list')
-        params = [params] if isinstance(params, Tensor) else list(params)
-        group,seen = {**self.defaults, **group, 'params':params},{id(p) for g in self.param_groups for p in g['params']}
-        for i,p in enumerate(params):
-            if not isinstance(p, Tensor): raise TypeError(f'{name}: parameter {i} is a {type(p).__name__}, wanted a Tensor')
-            if not p.is_leaf: raise ValueError(f'{name}: parameter {i} is not a leaf but the result of {p.op!r}')
-            if id(p) in seen: raise ValueError(f'{name}: parameter {i}, of shape {p.shape}, has been given before')
-            seen.add(id(p))
-        self.check(group)
-        self.param_groups.append(group)
-    def check(self, group):
-        "Refuse options out of range"
-        for k,high in _limits.items():
-            for x in np.ravel(group.get(k, 0)):
-                if not 0 <= x < high: raise ValueError(f'{type(self).__name__}: {k} is {group[k]}, wanted 0 ≤ {k} < {high}')
-        if 'betas' in group and len(group['betas'])!=2: raise ValueError(f"{type(self).__name__}: betas are {group['betas']}, wanted two numbers")
+        if isinstance(params, Tensor): raise TypeError(f'{name}: got a tensor, wanted an iterable of them')
+        params = list(params)
+        if not params: raise ValueError(f'{name}: got an empty parameter list')
+        self.defaults,self.state,self.param_groups = defaults,{},[]
+        groups = params if isinstance(params[0], dict) else [{'params':params}]
+        for group in groups: self.add_param_group(group)
     def slots(self, group): return {}
     def numbers(self, group, t): raise NotImplementedError
     def formula(self, p, g, s, *numbers): raise NotImplementedError
     def scalars(self,
         group, # one of `param_groups`
         t,     # number of this step, from 1
-    ) -> tuple: # floats; in their place `None`, a boolean, a string or a tuple where the structure of the formula depends on it
+    ) -> tuple: # floats, and among them constants: `None`, booleans, strings, tuples
         "What `update` needs besides arrays"
-        decay,decoupled = group.get('weight_decay') or None,self.decoupled or group.get('decoupled_weight_decay', False)
-        shrink = 1-group['lr']*decay if decay and decoupled else None
-        scalars = bool(group.get('maximize')), None if decoupled else decay, shrink, *self.numbers(group, t)
+        decay,shrink = group.get('weight_decay') or None,None
+        if decay and (self.decoupled or group.get('decoupled_weight_decay')): decay,shrink = None,1-group['lr']*decay
+        scalars = bool(group.get('maximize')), decay, shrink, *self.numbers(group, t)
         return tuple(x if x is None or isinstance(x, (bool,str,tuple)) else float(x) for x in scalars)
     def update(self,
         p, # weights: an array, which is written to, or a lazy tensor
         g, # their gradient
-        s, # dict of the arrays of state, each of the shape of `p`; replaced or written to
+        s, # dict of its state, arrays like `p`; written to, or replaced
         maximize, decay, shrink, *numbers # from `scalars`
     ): # the new weights
         "One step of the rule"
@@ -89,22 +68,59 @@ class Optimizer:
         if decay is not None: g = g + decay*p
         if shrink is not None: p *= shrink
         return self.formula(p, g, s, *numbers)
-    def zero_grad(self,
-        set_to_none:bool=True, # forget the gradients; otherwise fill them with zeros
-    ):
-        "Start the gradients anew"
-        for group in self.param_groups:
-            for p in group['params']:
-                if set_to_none or p.grad is None: p.grad = None; continue
-                p.grad = p.grad.detach()
-                a = may_write(p.grad, 'zero_grad')
-                a[...] = 0
-                note_write(a)
-    def __repr__(self):
-        options = [f'  group {i}: {len(g["params"])} parameters, ' + ', '.join(f'{k}={v!r}' for k,v in g.items() if k!='params') for i,g in enumerate(self.param_groups)]
-        return '\n'.join([f'{type(self).__name__}(', *options, ')'])
+
+# %% ../nbs/32_optim.ipynb #c009
+@patch
+def add_param_group(self:Optimizer,
+    group, # dict: 'params', a tensor or an iterable of tensors, and options
+):
+    "Take care of more parameters from now on"
+    name = type(self).__name__
+    if not isinstance(group, dict): raise TypeError(f'{name}: a parameter group is a dict, got {type(group).__name__}')
+    params = group['params']
+    if isinstance(params, set): raise TypeError(f'{name}: the order of a set changes from run to run; give the parameters as a list')
+    params = [params] if isinstance(params, Tensor) else list(params)
+    group,seen = {**self.defaults, **group, 'params':params},{id(p) for g in self.param_groups for p in g['params']}
+    for i,p in enumerate(params):
+        if not isinstance(p, Tensor): raise TypeError(f'{name}: parameter {i} is a {type(p).__name__}, wanted a Tensor')
+        if not p.is_leaf: raise ValueError(f'{name}: parameter {i} is not a leaf but the result of {p.op!r}')
+        if id(p) in seen: raise ValueError(f'{name}: parameter {i}, of shape {p.shape}, has been given before')
+        seen.add(id(p))
+    self.check(group)
+    self.param_groups.append(group)
 
 # %% ../nbs/32_optim.ipynb #c010
+@patch
+def check(self:Optimizer,
+    group, # dict of options, as in `param_groups`
+):
+    "Refuse options out of range"
+    for k,high in _limits.items():
+        for x in np.ravel(group.get(k, 0)):
+            if not 0 <= x < high: raise ValueError(f'{type(self).__name__}: {k} is {group[k]}, wanted 0 ≤ {k} < {high}')
+    if 'betas' in group and len(group['betas'])!=2: raise ValueError(f"{type(self).__name__}: betas are {group['betas']}, wanted two numbers")
+
+# %% ../nbs/32_optim.ipynb #c011
+@patch
+def zero_grad(self:Optimizer,
+    set_to_none:bool=True, # forget the gradients; otherwise fill them with zeros
+):
+    "Start the gradients anew"
+    for group in self.param_groups:
+        for p in group['params']:
+            if set_to_none or p.grad is None: p.grad = None; continue
+            p.grad = p.grad.detach()
+            a = may_write(p.grad, 'zero_grad')
+            a[...] = 0
+            note_write(a)
+
+# %% ../nbs/32_optim.ipynb #c012
+@patch
+def __repr__(self:Optimizer):
+    options = [f'  group {i}: {len(g["params"])} parameters, ' + ', '.join(f'{k}={v!r}' for k,v in g.items() if k!='params') for i,g in enumerate(self.param_groups)]
+    return '\n'.join([f'{type(self).__name__}(', *options, ')'])
+
+# %% ../nbs/32_optim.ipynb #c014
 _piece = 1<<17 # bytes; three arrays and the temporaries of a formula fit a second-level cache of 1 MiB
 
 def _pieces(p, g, s, names):
@@ -119,7 +135,7 @@ def _pieces(p, g, s, names):
         for k in names:
             if new[k] is not old[k]: old[k][...] = new[k] # the formula has put another array there
 
-# %% ../nbs/32_optim.ipynb #c011
+# %% ../nbs/32_optim.ipynb #c015
 @patch
 def step(self:Optimizer,
     closure=None, # computes the loss and its gradients, if that has not been done
@@ -129,40 +145,43 @@ def step(self:Optimizer,
     if closure is not None:
         with enable_grad(): loss = closure()
     written = []
-    with no_grad():
-        try:
-            for group in self.param_groups:
-                slots,t,dtype = self.slots(group),None,None
-                for p in group['params']:
-                    if p.grad is None: continue
-                    a,g = p.cached_data,p.grad.realize_cached_data()
-                    if a.__class__ is not np.ndarray: a = may_write(p, 'step')
-                    if a.shape!=g.shape: raise ValueError(f'step: a gradient of shape {g.shape} for a parameter of shape {a.shape}')
-                    s = self.state.get(p)
-                    if s is None or not slots.keys() <= s.keys(): s = self.init_state(p, slots)
-                    s['step'] += 1
-                    if t!=s['step'] or dtype is not a.dtype:
-                        t,dtype = s['step'],a.dtype
-                        scalars = self.scalars(group, t)
-                        if isinstance(a, np.ndarray): scalars = [np.asarray(x, dtype) if x.__class__ is float else x for x in scalars] # quicker than Python's floats
-                    written.append(a)
-                    pieces = _pieces(a, g, s, slots) if self.elementwise and a.nbytes > 2*_piece and isinstance(a, np.ndarray) else ((a, g, s),)
-                    for a,g,s in pieces:
-                        new = self.update(a, g, s, *scalars)
-                        if new is not a: a[...] = new
-        finally: note_write(*written)
+    try:
+        for group in self.param_groups:
+            slots,t,dtype = self.slots(group),None,None
+            for p in group['params']:
+                if p.grad is None: continue
+                a,g = p.cached_data,p.grad.realize_cached_data()
+                if a.__class__ is not np.ndarray:
+                    with no_grad(): a = may_write(p, 'step')
+                if a.shape!=g.shape: raise ValueError(f'step: gradient {g.shape} of a parameter {a.shape}')
+                s = self.state.get(p)
+                if s is None or not slots.keys() <= s.keys(): s = self.init_state(p, slots)
+                s['step'] += 1
+                if t!=s['step'] or dtype is not a.dtype:
+                    t,dtype = s['step'],a.dtype
+                    scalars = self.scalars(group, t)
+                    if isinstance(a, np.ndarray): scalars = [np.asarray(x, dtype) if x.__class__ is float else x for x in scalars] # quicker than floats
+                written.append(a)
+                large = self.elementwise and isinstance(a, np.ndarray) and a.nbytes > 2*_piece
+                for a,g,s in _pieces(a, g, s, slots) if large else ((a, g, s),):
+                    new = self.update(a, g, s, *scalars)
+                    if new is not a: a[...] = new
+    finally: note_write(*written)
     return loss
 
-# %% ../nbs/32_optim.ipynb #c012
+# %% ../nbs/32_optim.ipynb #c016
 @patch
-def init_state(self:Optimizer, p, slots):
+def init_state(self:Optimizer,
+    p,     # `Tensor`
+    slots, # name of an array -> the number that it is filled with
+) -> dict: # 'step': how many there have been; name: array of the shape of `p`
     "The state of a parameter, with the arrays that it lacks"
     s,a = self.state.setdefault(p, {'step':0}),p.realize_cached_data()
     for k,v in slots.items():
         if k not in s: s[k] = xp(a).full(a.shape, v, dtype=a.dtype)
     return s
 
-# %% ../nbs/32_optim.ipynb #c017
+# %% ../nbs/32_optim.ipynb #c023
 class SGD(Optimizer):
     r"$v \leftarrow \mu v + g,\; w \leftarrow w - \eta v$"
     def __init__(self,
@@ -174,10 +193,13 @@ class SGD(Optimizer):
         nesterov=False,  # use g + μv for v
         *,
         maximize=False,  # climb
-    ): super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize))
+    ):
+        super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening,
+            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize))
     def check(self, group):
         super().check(group)
-        if group['nesterov'] and (not group['momentum'] or group['dampening']): raise ValueError('SGD: nesterov needs a momentum, and no dampening')
+        if group['nesterov'] and (not group['momentum'] or group['dampening']):
+            raise ValueError('SGD: nesterov needs a momentum, and no dampening')
     def slots(self, group): return {'momentum_buffer':0.} if group['momentum'] else {}
     def numbers(self, group, t):
         enter = None if not group['dampening'] else 1. if t==1 else 1-group['dampening']
@@ -190,7 +212,7 @@ class SGD(Optimizer):
         p -= lr*g
         return p
 
-# %% ../nbs/32_optim.ipynb #c020
+# %% ../nbs/32_optim.ipynb #c026
 class Adagrad(Optimizer):
     "Duchi, Hazan & Singer, 2011"
     def __init__(self,
@@ -202,7 +224,9 @@ class Adagrad(Optimizer):
         eps=1e-10,       # ε, keeps the division finite
         *,
         maximize=False,  # climb
-    ): super().__init__(params, dict(lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value, maximize=maximize))
+    ):
+        super().__init__(params, dict(lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value, maximize=maximize))
     def slots(self, group): return {'sum':group['initial_accumulator_value']}
     def numbers(self, group, t): return group['lr']/(1 + (t-1)*group['lr_decay']), group['eps']
     def formula(self, p, g, s, lr, eps):
@@ -210,7 +234,7 @@ class Adagrad(Optimizer):
         p -= lr*g/(xp(p).sqrt(s['sum']) + eps)
         return p
 
-# %% ../nbs/32_optim.ipynb #c023
+# %% ../nbs/32_optim.ipynb #c029
 class RMSprop(Optimizer):
     "Hinton, 2012, lecture 6e; centered: Graves, 2013, eq. 38 to 45"
     def __init__(self,
@@ -223,10 +247,15 @@ class RMSprop(Optimizer):
         centered=False,  # divide by the standard deviation, not by the root of the mean square
         *,
         maximize=False,  # climb
-    ): super().__init__(params, dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered, weight_decay=weight_decay, maximize=maximize))
+    ):
+        super().__init__(params, dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps,
+            centered=centered, weight_decay=weight_decay, maximize=maximize))
     def slots(self, group):
-        return {'square_avg':0.} | ({'grad_avg':0.} if group['centered'] else {}) | ({'momentum_buffer':0.} if group['momentum'] else {})
-    def numbers(self, group, t): return group['lr'], group['alpha'], 1-group['alpha'], group['eps'], group['momentum'] or None, bool(group['centered'])
+        names = 'square_avg', *['grad_avg']*bool(group['centered']), *['momentum_buffer']*bool(group['momentum'])
+        return dict.fromkeys(names, 0.)
+    def numbers(self, group, t):
+        alpha = group['alpha']
+        return group['lr'], alpha, 1-alpha, group['eps'], group['momentum'] or None, bool(group['centered'])
     def formula(self, p, g, s, lr, alpha, enter, eps, mu, centered):
         s['square_avg'] *= alpha; s['square_avg'] += enter*g*g
         v = s['square_avg']
@@ -240,7 +269,7 @@ class RMSprop(Optimizer):
         p -= lr*g
         return p
 
-# %% ../nbs/32_optim.ipynb #c029
+# %% ../nbs/32_optim.ipynb #c035
 class Adadelta(Optimizer):
     "Zeiler, 2012, algorithm 1"
     def __init__(self,
@@ -256,12 +285,13 @@ class Adadelta(Optimizer):
     def numbers(self, group, t): return group['lr'], group['rho'], 1-group['rho'], group['eps']
     def formula(self, p, g, s, lr, rho, enter, eps):
         s['square_avg'] *= rho; s['square_avg'] += enter*g*g
-        step = xp(p).sqrt(s['acc_delta'] + eps)/xp(p).sqrt(s['square_avg'] + eps)*g
+        sqrt = xp(p).sqrt
+        step = sqrt(s['acc_delta'] + eps)/sqrt(s['square_avg'] + eps)*g
         s['acc_delta'] *= rho; s['acc_delta'] += enter*step*step
         p -= lr*step
         return p
 
-# %% ../nbs/32_optim.ipynb #c032
+# %% ../nbs/32_optim.ipynb #c038
 def _decays(group): return *(x for b in group['betas'] for x in (b, 1-b)),
 
 def _moments(s, g, b1, enter1, b2, enter2):
@@ -269,7 +299,7 @@ def _moments(s, g, b1, enter1, b2, enter2):
     s['exp_avg']    *= b1; s['exp_avg']    += enter1*g
     s['exp_avg_sq'] *= b2; s['exp_avg_sq'] += enter2*g*g
 
-# %% ../nbs/32_optim.ipynb #c033
+# %% ../nbs/32_optim.ipynb #c039
 class Adam(Optimizer):
     "Kingma & Ba, 2015, algorithm 1; amsgrad: Reddi, Kale & Kumar, 2018, algorithm 2"
     def __init__(self,
@@ -282,8 +312,11 @@ class Adam(Optimizer):
         *,
         maximize=False,    # climb
         decoupled_weight_decay=False, # multiply the weights by 1-ηλ instead
-    ): super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay))
-    def slots(self, group): return {'exp_avg':0., 'exp_avg_sq':0.} | ({'max_exp_avg_sq':0.} if group['amsgrad'] else {})
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            amsgrad=amsgrad, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay))
+    def slots(self, group):
+        return dict.fromkeys(('exp_avg', 'exp_avg_sq', *['max_exp_avg_sq']*bool(group['amsgrad'])), 0.)
     def numbers(self, group, t):
         b1,b2 = group['betas']
         c1,c2 = 1-b1**t,(1-b2**t)**.5
@@ -295,7 +328,7 @@ class Adam(Optimizer):
         p -= lr*s['exp_avg']/(xp(p).sqrt(v) + eps)
         return p
 
-# %% ../nbs/32_optim.ipynb #c038
+# %% ../nbs/32_optim.ipynb #c044
 class AdamW(Adam):
     "Adam with decoupled weight decay; Loshchilov & Hutter, 2019, algorithm 2"
     decoupled = True
@@ -308,9 +341,11 @@ class AdamW(Adam):
         amsgrad=False,     # divide by the largest mean square so far
         *,
         maximize=False,    # climb
-    ): super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True)
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad,
+            maximize=maximize, decoupled_weight_decay=True)
 
-# %% ../nbs/32_optim.ipynb #c041
+# %% ../nbs/32_optim.ipynb #c047
 class NAdam(Optimizer):
     "Adam with Nesterov's momentum; Dozat, 2016"
     def __init__(self,
@@ -323,7 +358,9 @@ class NAdam(Optimizer):
         decoupled_weight_decay=False, # multiply the weights by 1-ηλ instead
         *,
         maximize=False,    # climb
-    ): super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum_decay=momentum_decay, decoupled_weight_decay=decoupled_weight_decay, maximize=maximize))
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            momentum_decay=momentum_decay, decoupled_weight_decay=decoupled_weight_decay, maximize=maximize))
     def slots(self, group): return {'exp_avg':0., 'exp_avg_sq':0.}
     def numbers(self, group, t):
         (b1,b2),psi = group['betas'],group['momentum_decay']
@@ -332,14 +369,14 @@ class NAdam(Optimizer):
         for i in range(1, t+1):
             product *= mu(i)
             if product < 1e-17: break # 1 minus it is 1
-        lr = group['lr']*c2
-        return lr*(1-mu(t))/(1-product), lr*mu(t+1)/(1-product*mu(t+1)), group['eps']*c2, *_decays(group)
+        now,ahead = (1-mu(t))/(1-product),mu(t+1)/(1-product*mu(t+1))
+        return group['lr']*c2*now, group['lr']*c2*ahead, group['eps']*c2, *_decays(group)
     def formula(self, p, g, s, now, ahead, eps, *decays):
         _moments(s, g, *decays)
         p -= (now*g + ahead*s['exp_avg'])/(xp(p).sqrt(s['exp_avg_sq']) + eps)
         return p
 
-# %% ../nbs/32_optim.ipynb #c044
+# %% ../nbs/32_optim.ipynb #c050
 class RAdam(Optimizer):
     "Adam with a warm-up made of its own variance; Liu et al., 2020, algorithm 2"
     def __init__(self,
@@ -351,7 +388,9 @@ class RAdam(Optimizer):
         decoupled_weight_decay=False, # multiply the weights by 1-ηλ instead
         *,
         maximize=False,    # climb
-    ): super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay))
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay, maximize=maximize))
     def slots(self, group): return {'exp_avg':0., 'exp_avg_sq':0.}
     def numbers(self, group, t):
         b1,b2 = group['betas']
@@ -365,7 +404,7 @@ class RAdam(Optimizer):
         p -= (a/(xp(p).sqrt(s['exp_avg_sq']) + eps) + b)*s['exp_avg']
         return p
 
-# %% ../nbs/32_optim.ipynb #c047
+# %% ../nbs/32_optim.ipynb #c053
 class Lion(Optimizer):
     "The sign of a momentum; Chen et al., 2023, algorithm 2"
     decoupled = True
@@ -384,10 +423,10 @@ class Lion(Optimizer):
         s['exp_avg'] *= b2; s['exp_avg'] += enter2*g
         return p
 
-# %% ../nbs/32_optim.ipynb #c051
+# %% ../nbs/32_optim.ipynb #c057
 def newton_schulz(
     g, # matrix (m, n)
-    coefficients=(3.4445,-4.7750,2.0315), # a, b, c of the polynomial ax + bx³ + cx⁵
+    coefficients=(3.4445,-4.7750,2.0315), # of ax + bx³ + cx⁵
     steps=5,  # how often it is applied
     eps=1e-7, # least norm to divide by
 ): # (m, n)
@@ -400,7 +439,7 @@ def newton_schulz(
         x = a*x + (b*gram + c*(gram@gram))@x
     return x.T if g.shape[0] > g.shape[1] else x
 
-# %% ../nbs/32_optim.ipynb #c055
+# %% ../nbs/32_optim.ipynb #c061
 class Muon(Optimizer):
     "Momentum, orthogonalised; Jordan et al., 2024"
     elementwise,decoupled = False,True
@@ -415,24 +454,27 @@ class Muon(Optimizer):
         ns_steps=5,        # how often the polynomial is applied
         adjust_lr_fn=None, # 'original', which is also `None`, or 'match_rms_adamw'
     ):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn))
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
+            ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn))
     def check(self, group):
         super().check(group)
         for p in group['params']:
             if p.ndim!=2: raise ValueError(f'Muon: a parameter of shape {p.shape}, wanted matrices only')
-        if group['adjust_lr_fn'] not in (None, 'original', 'match_rms_adamw'): raise ValueError(f"Muon: adjust_lr_fn is {group['adjust_lr_fn']!r}, wanted 'original' or 'match_rms_adamw'")
+        if (f := group['adjust_lr_fn']) not in (None, 'original', 'match_rms_adamw'):
+            raise ValueError(f"Muon: adjust_lr_fn is {f!r}, wanted 'original' or 'match_rms_adamw'")
     def slots(self, group): return {'momentum_buffer':0.}
     def numbers(self, group, t):
-        return group['lr'], group['momentum'], 1-group['momentum'], bool(group['nesterov']), group['adjust_lr_fn'], (tuple(group['ns_coefficients']), group['ns_steps'], group['eps'])
-    def formula(self, p, g, s, lr, mu, enter, nesterov, adjust, ns):
+        mu,polynomial = group['momentum'],(tuple(group['ns_coefficients']), group['ns_steps'], group['eps'])
+        return group['lr'], mu, 1-mu, bool(group['nesterov']), group['adjust_lr_fn'], polynomial
+    def formula(self, p, g, s, lr, mu, enter, nesterov, adjust, polynomial):
         s['momentum_buffer'] *= mu; s['momentum_buffer'] += enter*g
-        if nesterov: g = enter*g + mu*s['momentum_buffer']
-        else: g = s['momentum_buffer']
+        g = enter*g + mu*s['momentum_buffer'] if nesterov else s['momentum_buffer']
         m,n = p.shape
-        p -= (lr*(.2*max(m,n)**.5 if adjust=='match_rms_adamw' else max(1,m/n)**.5))*newton_schulz(g, *ns)
+        longer = .2*max(m,n)**.5 if adjust=='match_rms_adamw' else max(1,m/n)**.5
+        p -= lr*longer*newton_schulz(g, *polynomial)
         return p
 
-# %% ../nbs/32_optim.ipynb #c059
+# %% ../nbs/32_optim.ipynb #c065
 _Point = namedtuple('_Point', 't f g slope') # a step length; loss, gradient and slope along the direction there
 
 def _cubic_minimum(a, b, low, high):
@@ -472,7 +514,7 @@ def _strong_wolfe(at, start, t, size, most, c1=1e-4, c2=.9, tol=1e-9):
         else: best,other = p,best if p.slope*(other.t-best.t)>=0 else other
     return best,n+1
 
-# %% ../nbs/32_optim.ipynb #c060
+# %% ../nbs/32_optim.ipynb #c066
 class LBFGS(Optimizer):
     "Limited-memory BFGS; Nocedal & Wright, 2006, algorithms 7.4 and 7.5"
     def __init__(self,
@@ -518,7 +560,7 @@ class LBFGS(Optimizer):
         "Up to `max_iter` directions"
         with no_grad(): return self._step(closure, **self.param_groups[0])
 
-# %% ../nbs/32_optim.ipynb #c061
+# %% ../nbs/32_optim.ipynb #c067
 @patch
 def _step(self:LBFGS, closure, params, lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn, **_):
     def evaluate():
@@ -563,52 +605,55 @@ def _step(self:LBFGS, closure, params, lr, max_iter, max_eval, tolerance_grad, t
         if abs(t*d).max()<=tolerance_change or abs(loss-before)<tolerance_change: break
     return first
 
-# %% ../nbs/32_optim.ipynb #c081
+# %% ../nbs/32_optim.ipynb #c088
 @patch
 def state_dict(self:Optimizer) -> dict: # 'state': {number of a parameter: {'step': …, name: array, …}}; 'param_groups': options, and 'params' as numbers
     "Everything that `load_state_dict` needs to go on from here"
     number = {p:i for i,p in enumerate(p for g in self.param_groups for p in g['params'])}
     return {'state': {number[p]:_plain(s) for p,s in self.state.items()}, 'param_groups': [_plain(g | {'params':[number[p] for p in g['params']]}) for g in self.param_groups]}
 
-# %% ../nbs/32_optim.ipynb #c082
+# %% ../nbs/32_optim.ipynb #c089
 @patch
-def load_param_state(self:Optimizer, p, group, saved):
+def _load_param_state(self:Optimizer, p, group, saved):
     "The state of one parameter, from what has been saved"
     s,a = {'step': int(saved.get('step', 1))},p.realize_cached_data()
     for k in self.slots(group):
         if k not in saved: continue
-        v = np.array(saved[k], a.dtype)
+        v = np.asarray(saved[k]).astype(a.dtype)
         if v.shape!=a.shape: raise ValueError(f'load_state_dict: {k} has shape {v.shape}, the parameter {a.shape}')
         s[k] = xp(a).asarray(v)
     return s
 
 @patch
-def load_param_state(self:LBFGS, p, group, saved):
+def _load_param_state(self:LBFGS, p, group, saved):
     def read(v):
         if isinstance(v, list): return [read(x) for x in v]
         if v is None or not hasattr(v, 'shape'): return v
-        return np.array(v, p.dtype) if len(v.shape) else v.item()
+        return np.asarray(v).astype(p.dtype) if len(v.shape) else v.item()
     return {k:read(v) for k,v in saved.items() if k!='al'} # al: torch's scratch
 
-# %% ../nbs/32_optim.ipynb #c083
+# %% ../nbs/32_optim.ipynb #c090
 @patch
 def load_state_dict(self:Optimizer,
     state_dict:dict, # from `state_dict`, or torch's of the same optimiser
 ):
     "Go on from a saved state"
+    if not {'state','param_groups'} <= state_dict.keys(): raise ValueError(f"load_state_dict: got {list(state_dict)}, wanted 'state' and 'param_groups'")
     saved = state_dict['param_groups']
     have,got = ([len(g['params']) for g in groups] for groups in (self.param_groups, saved))
     if have!=got: raise ValueError(f'load_state_dict: groups of {got} parameters, wanted {have}')
     groups = [{**g, **{k:tuple(v) if isinstance(g.get(k), tuple) else v for k,v in s.items()}, 'params':g['params']} for g,s in zip(self.param_groups, saved)]
     for g in groups: self.check(g)
     owner = {i:(p,g) for g,s in zip(groups, saved) for i,p in zip(s['params'], g['params'])}
-    self.state = {owner[int(i)][0]: self.load_param_state(*owner[int(i)], s) for i,s in state_dict['state'].items()}
+    states = {int(i):s for i,s in state_dict['state'].items()}
+    if not states.keys() <= owner.keys(): raise ValueError(f'load_state_dict: state of parameters {sorted(states.keys()-owner.keys())}, which no group has')
+    self.state = {owner[i][0]: self._load_param_state(*owner[i], s) for i,s in states.items()}
     self.param_groups = groups
 
-# %% ../nbs/32_optim.ipynb #c088
+# %% ../nbs/32_optim.ipynb #c095
 def _gradients(parameters): return [p.grad for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
 
-# %% ../nbs/32_optim.ipynb #c089
+# %% ../nbs/32_optim.ipynb #c096
 def clip_grad_norm_(
     parameters,      # tensor, or iterable of tensors; those without a gradient are left out
     max_norm:float,  # longest that the gradient may be
@@ -627,7 +672,7 @@ def clip_grad_norm_(
             for g in grads: g *= scale
     return Tensor.make_const(np.array(total, grads[0].dtype if grads else np.float32))
 
-# %% ../nbs/32_optim.ipynb #c090
+# %% ../nbs/32_optim.ipynb #c097
 def clip_grad_value_(
     parameters,       # tensor, or iterable of tensors; those without a gradient are left out
     clip_value:float, # largest absolute value that is left
@@ -640,7 +685,7 @@ def clip_grad_value_(
             np.clip(a, -clip_value, clip_value, out=a)
             note_write(a)
 
-# %% ../nbs/32_optim.ipynb #c093
+# %% ../nbs/32_optim.ipynb #c100
 class ModelEMA:
     "Exponential moving average of weights"
     def __init__(self,
@@ -680,10 +725,10 @@ class ModelEMA:
     def load_state_dict(self, state_dict:dict):
         new = [np.array(a, p.dtype) for a,p in zip(state_dict['averages'], self.params)]
         have,got = [p.shape for p in self.params],[np.shape(a) for a in state_dict['averages']]
-        if have!=got: raise ValueError(f'ModelEMA: averages of shapes {got}, wanted {have}')
+        if have!=got: raise ValueError(f'ModelEMA: shapes {got}, wanted {have}')
         self.averages,self.n_averaged,self.decay = new,int(state_dict['n_averaged']),float(state_dict['decay'])
 
-# %% ../nbs/32_optim.ipynb #c098
+# %% ../nbs/32_optim.ipynb #c106
 class LRScheduler:
     "Sets the learning rates of an optimiser, step after step"
     chainable,eta_min = True,0.
@@ -734,12 +779,17 @@ class LRScheduler:
                 for s,d in zip(self.schedulers, v, strict=True): s.load_state_dict(d)
             else: setattr(self, k, _plain(v))
 
-# %% ../nbs/32_optim.ipynb #c100
+# %% ../nbs/32_optim.ipynb #c108
+def _positive(scheduler, **options):
+    for k,v in options.items():
+        if not v>0: raise ValueError(f'{type(scheduler).__name__}: {k} is {v}, wanted more than 0')
+
+# %% ../nbs/32_optim.ipynb #c109
 class ConstantLR(LRScheduler):
     "A part of the rate at first, then the whole"
     def __init__(self,
         optimizer,
-        factor=1/3,    # c, from 0 to 1
+        factor=1/3,    # from 0 to 1
         total_iters=5, # T, steps with the factor
         last_epoch=-1, # see `LRScheduler`
     ):
@@ -748,7 +798,7 @@ class ConstantLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.start_factor if t<self.total_iters else 1.
 
-# %% ../nbs/32_optim.ipynb #c101
+# %% ../nbs/32_optim.ipynb #c110
 class LinearLR(LRScheduler):
     "From one factor to another in a straight line; by default a warm-up"
     def __init__(self,
@@ -760,11 +810,12 @@ class LinearLR(LRScheduler):
     ):
         if not 0 < start_factor <= 1: raise ValueError(f'LinearLR: start_factor is {start_factor}, wanted above 0, up to 1')
         if not 0 <= end_factor <= 1: raise ValueError(f'LinearLR: end_factor is {end_factor}, wanted 0 to 1')
+        _positive(self, total_iters=total_iters)
         self.start_factor,self.end_factor,self.total_iters = start_factor,end_factor,total_iters
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.start_factor + (self.end_factor-self.start_factor)*min(t, self.total_iters)/self.total_iters
 
-# %% ../nbs/32_optim.ipynb #c102
+# %% ../nbs/32_optim.ipynb #c111
 class PolynomialLR(LRScheduler):
     "To zero, as a power of the steps that are left"
     def __init__(self,
@@ -773,11 +824,12 @@ class PolynomialLR(LRScheduler):
         power=1.,      # p
         last_epoch=-1, # see `LRScheduler`
     ):
+        _positive(self, total_iters=total_iters)
         self.total_iters,self.power = total_iters,power
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return (1 - min(t, self.total_iters)/self.total_iters)**self.power
 
-# %% ../nbs/32_optim.ipynb #c103
+# %% ../nbs/32_optim.ipynb #c112
 class ExponentialLR(LRScheduler):
     "The same factor at every step"
     def __init__(self,
@@ -785,11 +837,12 @@ class ExponentialLR(LRScheduler):
         gamma,         # γ
         last_epoch=-1, # see `LRScheduler`
     ):
+        _positive(self, gamma=gamma)
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.gamma**t
 
-# %% ../nbs/32_optim.ipynb #c104
+# %% ../nbs/32_optim.ipynb #c113
 class StepLR(LRScheduler):
     "A factor at every T-th step"
     def __init__(self,
@@ -798,11 +851,12 @@ class StepLR(LRScheduler):
         gamma=.1,      # γ
         last_epoch=-1, # see `LRScheduler`
     ):
+        _positive(self, step_size=step_size, gamma=gamma)
         self.step_size,self.gamma = step_size,gamma
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.gamma**(t//self.step_size)
 
-# %% ../nbs/32_optim.ipynb #c105
+# %% ../nbs/32_optim.ipynb #c114
 class MultiStepLR(LRScheduler):
     "A factor at each of the given steps"
     def __init__(self,
@@ -811,11 +865,12 @@ class MultiStepLR(LRScheduler):
         gamma=.1,      # γ
         last_epoch=-1, # see `LRScheduler`
     ):
+        _positive(self, gamma=gamma)
         self.milestones,self.gamma = sorted(milestones),gamma
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.gamma**bisect_right(self.milestones, t)
 
-# %% ../nbs/32_optim.ipynb #c106
+# %% ../nbs/32_optim.ipynb #c115
 class CosineAnnealingLR(LRScheduler):
     "Down half a wave of a cosine, and up again; Loshchilov & Hutter, 2017, without restarts"
     def __init__(self,
@@ -824,11 +879,12 @@ class CosineAnnealingLR(LRScheduler):
         eta_min=0.,    # least rate
         last_epoch=-1, # see `LRScheduler`
     ):
+        _positive(self, T_max=T_max)
         self.T_max,self.eta_min = T_max,eta_min
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return (1 + math.cos(math.pi*t/self.T_max))/2
 
-# %% ../nbs/32_optim.ipynb #c107
+# %% ../nbs/32_optim.ipynb #c116
 class CosineAnnealingWarmRestarts(LRScheduler):
     "Down half a wave of a cosine, then from the top again; Loshchilov & Hutter, 2017, eq. 5"
     chainable = False
@@ -855,7 +911,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         self.last_epoch = math.floor(epoch)
         self.set(self.rates(epoch))
 
-# %% ../nbs/32_optim.ipynb #c108
+# %% ../nbs/32_optim.ipynb #c117
 class LambdaLR(LRScheduler):
     "A factor from a function"
     chainable = False
@@ -870,7 +926,7 @@ class LambdaLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def rates(self, t): return [base*f(t) for base,f in zip(self.base_lrs, self.lr_lambdas)]
 
-# %% ../nbs/32_optim.ipynb #c110
+# %% ../nbs/32_optim.ipynb #c119
 class OneCycleLR(LRScheduler):
     "Rate up and down, momentum down and up, over the whole training; Smith & Topin, 2017"
     chainable = False
@@ -928,7 +984,7 @@ class OneCycleLR(LRScheduler):
             for g in self.optimizer.param_groups: g[self.momentum] = between(g, m, n) if self.momentum=='momentum' else (between(g, m, n), *g['betas'][1:])
         return [between(g, a, b) for g in self.optimizer.param_groups]
 
-# %% ../nbs/32_optim.ipynb #c112
+# %% ../nbs/32_optim.ipynb #c121
 class ReduceLROnPlateau(LRScheduler):
     "A factor whenever a metric has stopped improving"
     def __init__(self,
@@ -950,7 +1006,7 @@ class ReduceLROnPlateau(LRScheduler):
         if isinstance(min_lr, (list,tuple)) and len(min_lr)!=n: raise ValueError(f'ReduceLROnPlateau: {len(min_lr)} values of min_lr for {n} groups')
         self.optimizer,self.mode,self.shrink,self.patience,self.threshold,self.threshold_mode = optimizer,mode,factor,patience,threshold,threshold_mode
         self.cooldown,self.min_lrs,self.eps = cooldown,list(min_lr) if isinstance(min_lr, (list,tuple)) else [min_lr]*n,eps
-        self.best,self.bad,self.cooling,self.last_epoch,self._last_lr = math.inf if mode=='min' else -math.inf,0,0,0,[g['lr'] for g in optimizer.param_groups]
+        self.best,self.num_bad_epochs,self.cooldown_counter,self.last_epoch,self._last_lr = math.inf if mode=='min' else -math.inf,0,0,0,[g['lr'] for g in optimizer.param_groups]
     def better(self, x):
         sign = 1 if self.mode=='max' else -1
         return sign*x > sign*(self.best*(1 + sign*self.threshold) if self.threshold_mode=='rel' else self.best + sign*self.threshold)
@@ -959,16 +1015,16 @@ class ReduceLROnPlateau(LRScheduler):
     ):
         x = float(metrics)
         self.last_epoch += 1
-        if self.better(x): self.best,self.bad = x,0
-        else: self.bad += 1
-        if self.cooling: self.cooling,self.bad = self.cooling-1,0
-        if self.bad>self.patience:
-            self.cooling,self.bad = self.cooldown,0
+        if self.better(x): self.best,self.num_bad_epochs = x,0
+        else: self.num_bad_epochs += 1
+        if self.cooldown_counter: self.cooldown_counter,self.num_bad_epochs = self.cooldown_counter-1,0
+        if self.num_bad_epochs>self.patience:
+            self.cooldown_counter,self.num_bad_epochs = self.cooldown,0
             lrs = [(g['lr'],max(g['lr']*self.shrink, low)) for g,low in zip(self.optimizer.param_groups, self.min_lrs, strict=True)]
             self.set([new if old-new>self.eps else old for old,new in lrs])
         else: self.set([g['lr'] for g in self.optimizer.param_groups])
 
-# %% ../nbs/32_optim.ipynb #c114
+# %% ../nbs/32_optim.ipynb #c123
 def _check_schedulers(name, optimizer, schedulers):
     if not schedulers: raise ValueError(f'{name}: got no schedulers')
     for i,s in enumerate(schedulers):
@@ -976,19 +1032,18 @@ def _check_schedulers(name, optimizer, schedulers):
         if isinstance(s, ReduceLROnPlateau): raise ValueError(f'{name}: number {i} is a ReduceLROnPlateau, whose step wants a metric')
         if s.optimizer is not optimizer: raise ValueError(f'{name}: number {i}, a {type(s).__name__}, has another optimiser')
 
-# %% ../nbs/32_optim.ipynb #c115
+# %% ../nbs/32_optim.ipynb #c124
 class SequentialLR(LRScheduler):
     "One scheduler after another"
     def __init__(self,
         optimizer,
         schedulers, # list; all of this optimiser
         milestones, # steps at which the second, the third … takes over
-        last_epoch=-1, # number of the last step that is over
     ):
         _check_schedulers('SequentialLR', optimizer, schedulers)
         if len(milestones)!=len(schedulers)-1: raise ValueError(f'SequentialLR: {len(milestones)} milestones for {len(schedulers)} schedulers, wanted one less')
-        self.optimizer,self.schedulers,self.milestones,self.last_epoch = optimizer,list(schedulers),list(milestones),last_epoch+1
-        if last_epoch<0: self.start()
+        self.optimizer,self.schedulers,self.milestones = optimizer,list(schedulers),list(milestones)
+        self.start()
     def start(self):
         self.last_epoch = 0
         for g in self.optimizer.param_groups: g['lr'] = g['initial_lr']
@@ -1002,7 +1057,7 @@ class SequentialLR(LRScheduler):
         else: self.schedulers[i].step()
         self._last_lr = [g['lr'] for g in self.optimizer.param_groups]
 
-# %% ../nbs/32_optim.ipynb #c116
+# %% ../nbs/32_optim.ipynb #c125
 class ChainedScheduler(LRScheduler):
     "Several schedulers at once"
     def __init__(self,
