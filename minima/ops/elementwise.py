@@ -125,16 +125,17 @@ def as_number(x):
     if isinstance(x, complex): raise TypeError(f'complex numbers are not supported: {x}')
     return x if isinstance(x, (int,float)) else float(x)
 
-def as_tensor(x, name):
-    "`x` as a tensor, if it can stand beside one"
-    if isinstance(x, Tensor): return x
-    if is_torch(x): raise TypeError(f'{name}: a torch tensor beside a minima tensor; convert one of them, with `Tensor(t.detach().numpy())` or `torch.tensor(t.numpy())`')
-    if isinstance(x, (np.ndarray,np.generic,list,tuple,Number)): return Tensor(x, requires_grad=False)
-    raise TypeError(f'{name}: unsupported operand of type {type(x).__name__}; wanted a tensor, an array or a number')
-
 def _near(a, x):
     "An array of NumPy's as a constant tensor where the tensor `x` lives"
     return Tensor.make_const(a if x.cached_data is None else xp(x.cached_data).asarray(a))
+
+def as_tensor(x, name, near=None):
+    "`x` as a tensor, if it can stand beside one; where `near` lives, if that is a tensor"
+    if isinstance(x, Tensor): return x
+    if is_torch(x): raise TypeError(f'{name}: a torch tensor beside a minima tensor; convert one of them, with `Tensor(t.detach().numpy())` or `torch.tensor(t.numpy())`')
+    if not isinstance(x, (np.ndarray,np.generic,list,tuple,Number)): raise TypeError(f'{name}: unsupported operand of type {type(x).__name__}; wanted a tensor, an array or a number')
+    x = Tensor(x, requires_grad=False)
+    return _near(x.cached_data, near) if isinstance(near, Tensor) else x
 
 def _constant(s, x):
     "The number `s` in the dtype that it takes beside `x`; what is no number as it is"
@@ -146,7 +147,7 @@ def as_tensors(a, b, name):
         if isinstance(b, Tensor): return a,b
         b = _constant(b, a)
     elif isinstance(b, Tensor): a = _constant(a, b)
-    return as_tensor(a, name),as_tensor(b, name)
+    return as_tensor(a, name, b),as_tensor(b, name, a)
 
 def _zeros(x): return _near(np.zeros(x.shape, x.dtype), x)
 
@@ -169,7 +170,7 @@ def _binary(name, zip_op, scalar_op):
                     if len(made) > 1000: made.clear()
                     made[s] = call
                 return call(a)
-        return zipped(as_tensor(a, name), as_tensor(b, name))
+        return zipped(as_tensor(a, name, b), as_tensor(b, name, a))
     f.__name__ = f.__qualname__ = name
     return f
 
