@@ -908,19 +908,18 @@ class RandomRotation:
         n,c,h,w = _images('RandomRotation', x)
         lo,hi = (-self.degrees,self.degrees) if np.ndim(self.degrees)==0 else self.degrees
         _check('RandomRotation', lo<=hi, f'degrees from {lo} to {hi}', 'from the smaller to the larger')
-        t = np.deg2rad(as_generator(generator).uniform(lo, hi, (n,1,1)))
-        v,u = np.ogrid[:h,:w]
-        v,u = v-(h-1)/2, u-(w-1)/2
-        i = (np.sin(t)*u + np.cos(t)*v + (h-1)/2).clip(-1, h) # row and column before the turn, (n, h, w)
-        j = (np.cos(t)*u - np.sin(t)*v + (w-1)/2).clip(-1, w)
-        i0,j0 = np.floor(i).clip(-1, h-1), np.floor(j).clip(-1, w-1)
-        dtype = x.dtype if x.dtype.kind=='f' else np.float32
-        b,a = (i-i0).astype(dtype).reshape(n,1,h*w), (j-j0).astype(dtype).reshape(n,1,h*w)
-        at = ((i0+1)*(w+2) + j0+1).astype(np.int64).reshape(n,1,h*w)
-        flat = np.pad(x, ((0,0),(0,0),(1,1),(1,1)), constant_values=self.fill).reshape(n,c,(h+2)*(w+2)).astype(dtype, copy=False)
-        pixel = lambda step: np.take_along_axis(flat, at+step, 2)
+        kind = np.float64 if x.dtype==np.float64 else np.float32
+        t = np.deg2rad(as_generator(generator).uniform(lo, hi, (n,1,1))).astype(kind)
+        v,u = np.arange(h, dtype=kind)[:,None]-(h-1)/2, np.arange(w, dtype=kind)-(w-1)/2
+        i = (np.sin(t)*u + np.cos(t)*v + (h+1)/2).clip(0, h+1) # row and column before the turn, (n, h, w), in the image with its border
+        j = (np.cos(t)*u - np.sin(t)*v + (w+1)/2).clip(0, w+1)
+        i0,j0 = i.astype(np.int64).clip(max=h), j.astype(np.int64).clip(max=w)
+        b,a = (i-i0).astype(kind)[:,None], (j-j0).astype(kind)[:,None]
+        at = (i0*(w+2) + j0)[:,None] + np.arange(n*c).reshape(n,c,1,1)*((h+2)*(w+2))
+        flat = np.pad(x, ((0,0),(0,0),(1,1),(1,1)), constant_values=self.fill).astype(kind, copy=False).ravel()
+        pixel = lambda step: flat.take(at+step)
         y = (1-b)*((1-a)*pixel(0) + a*pixel(1)) + b*((1-a)*pixel(w+2) + a*pixel(w+3))
-        return (y if x.dtype.kind=='f' else np.rint(y)).astype(x.dtype, copy=False).reshape(x.shape)
+        return (y if x.dtype.kind=='f' else np.rint(y)).astype(x.dtype, copy=False)
 
 # %% ../nbs/33_data.ipynb #c180
 @dataclass(frozen=True)
