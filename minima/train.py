@@ -119,12 +119,12 @@ class Learner:
         opt=None,        # an optimiser that is there already, in place of `opt_func` and `lr`
         n_inp:int=1,     # how many parts of a batch are inputs; the others are targets
     ):
-        self.train_dl,self.valid_dl = (dls.train,getattr(dls, 'valid', None)) if hasattr(dls, 'train') else (*dls,None)[:2] if isinstance(dls, tuple) else (dls,None)
+        self.train_dl,self.valid_dl = _pair(dls)
         self.model,self.loss_func,self.n_inp = model,loss_func,n_inp
         self.opt = opt_func(list(model.parameters()), lr=lr) if opt is None else opt
         self.lrs = [g['lr'] for g in self.opt.param_groups]
         self.metrics = [m if isinstance(m, Metric) else AvgMetric(m) for m in _listed(metrics)]
-        self.cbs,self.state,self.training,self.position,self.rng_epoch = [],None,False,(0,0),None
+        self.cbs,self.state,self.training,self.position,self.rng_epoch,self.epoch,self.n_epoch,self.iter = [],None,False,(0,0),None,0,0,0
         self.add_cbs([Recorder(), ProgressCallback(), *_listed(cbs)])
     def step(self, xb, yb):
         "Forward, loss, backward, update: all that is done with a batch to learn from, and what a compiler would take"
@@ -155,6 +155,7 @@ class Learner:
         self._with_events(lambda: self._all_batches(*self._resumed()), 'train', CancelTrainException)
     def _validate(self, dl=None):
         self.training,dl = False,self.valid_dl if dl is None else dl
+        if dl is None: raise ValueError('Learner: there is no validation set')
         self.n_iter = _length(dl)
         self.model.eval()
         self._with_events(lambda: self._all_batches(dl), 'validate', CancelValidateException)
@@ -167,6 +168,7 @@ class Learner:
         while self.position[0]<self.n_epoch:
             self.epoch = self.position[0]
             self._with_events(self._epoch, 'epoch', CancelEpochException)
+            self.position = self.epoch+1,0
     def fit(self,
         n_epoch:int, # epochs in all
         lr=None,     # learning rate, or one for each group of the optimiser; as at the beginning if `None`
@@ -175,6 +177,7 @@ class Learner:
         "Train"
         lrs = self.lrs if lr is None else lr if isinstance(lr, (list,tuple)) else [lr]*len(self.lrs)
         for g,v in zip(self.opt.param_groups, lrs, strict=True): g['lr'] = v; g.pop('initial_lr', None)
+        self.opt.zero_grad()
         with self.added_cbs(cbs):
             self.n_epoch,self.position,self.state = n_epoch,(0,0),None
             try: self._with_events(self._fit, 'fit', CancelFitException)
@@ -183,6 +186,11 @@ class Learner:
 
 # %% ../nbs/34_train.ipynb #c020
 def _listed(x): return list(x) if isinstance(x, (list,tuple)) else [x]
+def _pair(dls):
+    "The iterables of batches to learn from and to be judged by"
+    if isinstance(dls, tuple) and not 1<=len(dls)<=2: raise ValueError(f'Learner: {len(dls)} data loaders, wanted a pair (train, valid), or the first alone')
+    if hasattr(dls, 'train'): return dls.train,getattr(dls, 'valid', None)
+    return (*dls,None)[:2] if isinstance(dls, tuple) else (dls,None)
 def _length(dl): return len(dl) if hasattr(dl, '__len__') else None
 def _as_const(x): return x if isinstance(x, Tensor) or not hasattr(x, 'dtype') else Tensor.make_const(x)
 
@@ -414,10 +422,10 @@ class Recorder(Callback):
     order,watching,saved = 50,True,('losses','lrs','ends','values','total','count')
     def __init__(self): self.losses,self.lrs,self.ends,self.values,self.names,self.total,self.count = [],[],[],[],[],0.,0
     def before_fit(self):
-        self.losses,self.lrs,self.ends,self.values = [],[],[],[]
+        self.losses,self.lrs,self.ends,self.values,self.total,self.count = [],[],[],[],0.,0
+        self.before_epoch()
         self.names = ['epoch', 'train_loss', *(['valid_loss', *(m.name for m in self._shown())] if self.valid_dl is not None else []), 'time']
     def before_epoch(self): self.start = perf_counter(); self.before_validate() # which may not come
-    def before_train(self): self.total,self.count = 0.,0
     def before_validate(self):
         self.valid_total,self.valid_count = 0.,0
         for m in self.metrics: m.reset()
@@ -439,6 +447,7 @@ class Recorder(Callback):
         self.ends.append(len(self.losses))
         train = self.total/self.count if self.count else math.nan
         self.values.append([self.epoch, train, *(self.validated() if self.valid_dl is not None else []), perf_counter()-self.start])
+        self.total,self.count = 0.,0
     def state_dict(self): return {n: np.array(v, float) if n in ('losses','lrs') else deepcopy(v) for n,v in super().state_dict().items()}
     def load_state_dict(self, state): super().load_state_dict({n: v.tolist() if isinstance(v, np.ndarray) else deepcopy(v) for n,v in state.items()})
     def last(self,
@@ -501,7 +510,8 @@ def validate(self:Learner,
     dl=None, # iterable of batches; the validation set if `None`
 )->list: # loss, and the metrics that are numbers
     "Judge the model"
-    self._validate(dl)
+    try: self._validate(dl)
+    finally: self('cleanup_fit')
     return self.recorder.validated()
 
 @patch
@@ -604,7 +614,8 @@ class GradientAccumulation(Callback):
             for p in self.model.parameters():
                 if p.grad is not None: p.grad *= 1/self.count
         self.count = 0
-    def after_cancel_batch(self): self.count = 0
+    def after_cancel_batch(self):
+        if all(p.grad is None for p in self.model.parameters()): self.count = 0
 
 # %% ../nbs/34_train.ipynb #c056
 class ActivationStats(Callback):
