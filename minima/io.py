@@ -18,17 +18,18 @@ from .ops.elementwise import as_tensor
 
 # %% ../nbs/29_io.ipynb #c006
 def atomic_write(
-    files:dict, # path to bytes, or to a function that writes to an open file; the folders exist
+    files:dict, # path to bytes, or to a function that writes to a file; the folders exist
 ):
     "Write all files or none: first whole under other names, then renamed"
-    parts = {(f:=Path(path)).with_name(f'.{f.name}.{os.getpid()}.part'):path for path in files}
+    def part(f): return f.with_name(f'.{f.name}.{os.getpid()}.part')
+    parts = {part(Path(path)):path for path in files}
     try:
         for part,path in parts.items():
             with open(part, 'wb') as f:
                 if callable(files[path]): files[path](f)
                 else: f.write(files[path])
                 f.flush()
-                os.fsync(f.fileno()) # else a power cut could leave the new name on an empty file
+                os.fsync(f.fileno()) # else a power cut could leave an empty file of the new name
         for part,path in parts.items(): os.replace(part, path)
         for folder in {p.parent for p in parts}: _sync(folder)
     finally:
@@ -151,7 +152,7 @@ def load(
             with zipfile.ZipFile(f) as z: return _read(z, os.fstat(f.fileno()).st_size)
         except Exception as e: raise ValueError(f'{path}: {e or type(e).__name__}; wanted a whole file that minima has saved') from e
 
-# %% ../nbs/29_io.ipynb #c027
+# %% ../nbs/29_io.ipynb #c028
 def need(
     module:str, # that is imported
     extra:str,  # of the distribution, which has it
@@ -161,7 +162,7 @@ def need(
     try: return importlib.import_module(module)
     except ImportError as e: raise ImportError(f"{what}: {e}; pip install 'minima-dl[{extra}]'") from e
 
-# %% ../nbs/29_io.ipynb #c028
+# %% ../nbs/29_io.ipynb #c029
 def _safetensors(path):
     "Whether a file of weights has this format; otherwise it has ours"
     end = Path(path).suffix
@@ -177,7 +178,7 @@ def save_model(
     st = need('safetensors.numpy', 'safetensors', 'save_model')
     atomic_write({path: st.save({n: np.array(t.realize_cached_data(), order='C') for n,t in model.state_dict().items()})})
 
-# %% ../nbs/29_io.ipynb #c029
+# %% ../nbs/29_io.ipynb #c030
 def load_model(
     model,            # has a `load_state_dict`
     path,             # ends in .npz or .safetensors
@@ -194,7 +195,7 @@ def load_model(
         state = state['model']
     return model.load_state_dict(state, strict)
 
-# %% ../nbs/29_io.ipynb #c035
+# %% ../nbs/29_io.ipynb #c036
 @frozen
 class _Input(TensorOp):
     "The place of an input while its numbers are not there"
@@ -230,7 +231,7 @@ def _merge(values, corners):
     _check(all(type(w) is int for w in values), f'{v!r} becomes {rest[-1]!r}'.replace('\n', ' '))
     return _fit(values, corners)
 
-# %% ../nbs/29_io.ipynb #c036
+# %% ../nbs/29_io.ipynb #c037
 class OnnxGraph:
     "A graph of ONNX that is being written; a call adds a node and returns the name of its value"
     def __init__(self,
@@ -292,7 +293,7 @@ class OnnxGraph:
     ): # a name
         return x if t.dtype==dtype else self('Cast', x, to=self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
-# %% ../nbs/29_io.ipynb #c037
+# %% ../nbs/29_io.ipynb #c038
 _last = 2**62 # beyond every axis
 def _axes(op, v): return range(v.inputs[0].ndim) if op.axes is None else [i % v.inputs[0].ndim for i in op.axes]
 
@@ -437,7 +438,7 @@ def _kind(g, op, v, x):
     if op.name=='isfinite': return g('Not', g('Or', g('IsNaN', x), g('IsInf', x)))
     return g({'isnan':'IsNaN', 'isinf':'IsInf', 'logical_not':'Not'}[op.name], x)
 
-# %% ../nbs/29_io.ipynb #c038
+# %% ../nbs/29_io.ipynb #c039
 onnx_rules = { # from the name of an operator's class to a function of the graph, the fields, the tensor and the names of its inputs
     **{k:_zip(k[5:]) for k in ('EWiseAdd','EWiseSub','EWiseMul','EWiseDiv','EWisePow')}, 'Maximum':_zip('Max'), 'Minimum':_zip('Min'), 'MatMul':_zip('MatMul'),
     'AddScalar':_with_scalar('Add'), 'MulScalar':_with_scalar('Mul'), 'DivScalar':_with_scalar('Div'), 'RSubScalar':_with_scalar('Sub', True), 'PowerScalar':_with_scalar('Pow'),
@@ -463,6 +464,7 @@ onnx_rules = { # from the name of an operator's class to a function of the graph
     'Concat': lambda g, op, v, *xs: g('Concat', *xs, axis=op.axis),
     'Stack':  lambda g, op, v, *xs: g('Concat', *(g('Unsqueeze', x, g.constant([op.axis], np.int64)) for x in xs), axis=op.axis),
     'Split':  lambda g, op, v, x: g('Split', x, g.ints(op.sizes), axis=op.axis, outputs=len(op.sizes)) if len(op.sizes)>1 else [x],
+    'MakeTensorTuple': lambda g, op, v, *xs: xs,
     'TupleGetItem': lambda g, op, v, x: x[op.index],
     **dict.fromkeys(('Roll','Diagonal','PutDiagonal','EinsumDiagonal','EinsumEmbed'), _rearranged),
     'Tril': lambda g, op, v, x: g('Trilu', x, g.constant(op.offset, np.int64), upper=0),
@@ -487,7 +489,7 @@ onnx_rules = { # from the name of an operator's class to a function of the graph
     '_Hold': lambda g, op, v, x, free: x,
 }
 
-# %% ../nbs/29_io.ipynb #c040
+# %% ../nbs/29_io.ipynb #c041
 @contextmanager
 def _evaluating(model):
     "In evaluation mode, if it has modes"
@@ -521,7 +523,7 @@ def _corners(args, names, dynamic):
     sizes = [(n, max(n,2)) for n in base.values()] # 1 would broadcast
     return where,[dict(zip(base, (m+d for (_,m),d in zip(sizes, ds)))) for ds in itertools.product((0,1), repeat=len(base))]
 
-# %% ../nbs/29_io.ipynb #c041
+# %% ../nbs/29_io.ipynb #c042
 _spreads = {k for k,r in onnx_rules.items() if k.startswith('EWise')} | {'Maximum','Minimum','Compare','Logic','Where','Gate','SignGate','PReLU','LogAddExp','ClipBetween'}
 
 def _shape(v): return v.shape if isinstance(v, Tensor) else tuple(m.shape for m in v.meta)
@@ -554,7 +556,7 @@ def _constants(traces, corners):
         elif same and all(id(i) in fixed for i in v.inputs) and all(w.op==v.op or repr(w.op)==repr(v.op) for w in vs): fixed.add(id(v))
     return fixed
 
-# %% ../nbs/29_io.ipynb #c042
+# %% ../nbs/29_io.ipynb #c043
 def export_onnx(
     model,     # a function of tensors, or a module, which is traced in evaluation mode
     args,      # what it is called with: an array, a tensor, or a tuple of those; only shapes and dtypes matter
@@ -593,7 +595,7 @@ def export_onnx(
         except ValueError as e: raise ValueError(f'export_onnx: {v.op!r} of {", ".join(str(i.shape) for i in v.inputs if isinstance(i, Tensor))}: {e}') from e
     return _finish(onnx, g, [v for v in order if isinstance(v.op, _Input)], [(o, name(o)) for o in outs], output_names, path)
 
-# %% ../nbs/29_io.ipynb #c043
+# %% ../nbs/29_io.ipynb #c044
 def _finish(onnx, g, inputs, outputs, output_names, path):
     "The file with the nodes, constants, inputs and outputs of a graph"
     if output_names is None: output_names = ['output', *(f'output_{i}' for i in range(1, len(outputs)))]

@@ -96,11 +96,13 @@ class Callback:
     watching = False # whether it only looks on; then `lr_find` does without it
     learn = None
     def __getattr__(self, name):
-        if name[0]=='_' or self.learn is None: raise AttributeError(f'{type(self).__name__} has no attribute {name!r}, and no learner that could')
+        if name[0]=='_' or self.learn is None:
+            raise AttributeError(f'{type(self).__name__} has no {name!r}, and no learner that could')
         return getattr(self.learn, name)
     def state_dict(self): return {n: getattr(self, n) for n in self.saved}
     def load_state_dict(self, state):
-        if state.keys()!=set(self.saved): raise ValueError(f'{type(self).__name__}: a state of {sorted(state)}, wanted {sorted(self.saved)}')
+        if state.keys()!=set(self.saved):
+            raise ValueError(f'{type(self).__name__}: a state of {sorted(state)}, wanted {sorted(self.saved)}')
         vars(self).update(state)
     def __repr__(self): return type(self).__name__
 
@@ -108,15 +110,15 @@ class Callback:
 class Learner:
     "Data, a model, a loss and an optimiser, and the loop that brings them together"
     def __init__(self,
-        dls,             # a pair (train, valid) of iterables of batches, or the first alone; or an object that has them as `train` and `valid`
+        dls,             # iterables of batches: a pair (train, valid), or train alone, or an object with both
         model,           # a `Module`, or what can be called and has `parameters`
         loss_func,       # predictions and targets to a tensor without axes
         opt_func=Adam,   # parameters and `lr` to an optimiser
         lr:float=1e-3,   # learning rate, unless `fit` is told another
-        metrics=(),      # of the validation set: objects of `Metric`, or functions of predictions and targets
+        metrics=(),      # of the validation set: `Metric`s, or functions of predictions and targets
         cbs=(),          # callbacks, besides `Recorder` and `ProgressCallback`
         *,
-        opt=None,        # an optimiser that is there already, in place of `opt_func` and `lr`
+        opt=None,        # an optimiser that is there already, instead of `opt_func` and `lr`
         n_inp:int=1,     # how many parts of a batch are inputs; the others are targets
     ):
         self.train_dl,self.valid_dl = _pair(dls)
@@ -124,10 +126,11 @@ class Learner:
         self.opt = opt_func(list(model.parameters()), lr=lr) if opt is None else opt
         self.lrs = [g['lr'] for g in self.opt.param_groups]
         self.metrics = [m if isinstance(m, Metric) else AvgMetric(m) for m in _listed(metrics)]
-        self.cbs,self.state,self.training,self.position,self.rng_epoch,self.epoch,self.n_epoch,self.iter = [],None,False,(0,0),None,0,0,0
+        self.cbs,self.training,self.epoch,self.n_epoch,self.iter = [],False,0,0,0
+        self.position,self.state,self.rng_epoch = (0,0),None,None # for checkpoints
         self.add_cbs([Recorder(), ProgressCallback(), *_listed(cbs)])
     def step(self, xb, yb):
-        "Forward, loss, backward, update: all that is done with a batch to learn from, and what a compiler would take"
+        "Forward, loss, backward, update: all that a batch to learn from is for, in one place"
         self.pred = self.model(*xb);                self('after_pred')
         self.loss = self.loss_func(self.pred, *yb); self('after_loss')
         self.loss_grad = self.loss;                 self('before_backward')
@@ -150,15 +153,18 @@ class Learner:
             if self.training: self.position = self.epoch,self.iter+1
             self._with_events(self._one_batch, 'batch', CancelBatchException)
     def _train(self):
-        self.training,self.n_iter,self.rng_epoch = True,_length(self.train_dl),get_rng_state()
+        self.training,self.n_iter = True,_length(self.train_dl)
+        self.rng_epoch = get_rng_state()
         self.model.train()
-        self._with_events(lambda: self._all_batches(*self._resumed()), 'train', CancelTrainException)
+        def batches(): self._all_batches(*self._resumed())
+        self._with_events(batches, 'train', CancelTrainException)
     def _validate(self, dl=None):
         self.training,dl = False,self.valid_dl if dl is None else dl
         if dl is None: raise ValueError('Learner: there is no validation set')
         self.n_iter = _length(dl)
         self.model.eval()
-        self._with_events(lambda: self._all_batches(dl), 'validate', CancelValidateException)
+        def batches(): self._all_batches(dl)
+        self._with_events(batches, 'validate', CancelValidateException)
     def _epoch(self):
         try:
             self._train()
@@ -171,12 +177,14 @@ class Learner:
             self.position = self.epoch+1,0
     def fit(self,
         n_epoch:int, # epochs in all
-        lr=None,     # learning rate, or one for each group of the optimiser; as at the beginning if `None`
+        lr=None,     # learning rate, or one for each group; as at the beginning if `None`
         cbs=(),      # callbacks for this fit only
     ):
         "Train"
-        lrs = self.lrs if lr is None else lr if isinstance(lr, (list,tuple)) else [lr]*len(self.lrs)
-        for g,v in zip(self.opt.param_groups, lrs, strict=True): g['lr'] = v; g.pop('initial_lr', None)
+        lrs = self.lrs if lr is None else _listed(lr)*(1 if isinstance(lr, (list,tuple)) else len(self.lrs))
+        for g,v in zip(self.opt.param_groups, lrs, strict=True):
+            g['lr'] = v
+            g.pop('initial_lr', None) # of an earlier schedule
         self.opt.zero_grad()
         with self.added_cbs(cbs):
             self.n_epoch,self.position,self.state = n_epoch,(0,0),None
@@ -202,6 +210,7 @@ def __call__(self:Learner,
     "Let it happen"
     for f in self._listeners[event]: f()
 
+# %% ../nbs/34_train.ipynb #c023
 @patch
 def _with_events(self:Learner, f, name, cancel):
     try: self(f'before_{name}'); f()
@@ -237,6 +246,7 @@ def add_cbs(self:Learner,
         cb.learn = self
     self._set_cbs([*self.cbs, *cbs])
 
+# %% ../nbs/34_train.ipynb #c024
 @patch
 def remove_cbs(self:Learner,
     cbs, # a callback, or several, or their classes
@@ -245,6 +255,7 @@ def remove_cbs(self:Learner,
     gone = _listed(cbs)
     self._set_cbs([cb for cb in self.cbs if cb not in gone and type(cb) not in gone])
 
+# %% ../nbs/34_train.ipynb #c025
 @patch
 def _set_cbs(self:Learner, cbs):
     self.cbs = sorted(cbs, key=lambda cb: cb.order)
@@ -260,6 +271,7 @@ def added_cbs(self:Learner, cbs):
     try: yield self
     finally: self._set_cbs(old)
 
+# %% ../nbs/34_train.ipynb #c026
 @patch
 @contextmanager
 def no_bar(self:Learner):
@@ -269,7 +281,7 @@ def no_bar(self:Learner):
     try: yield self
     finally: self._set_cbs(old)
 
-# %% ../nbs/34_train.ipynb #c024
+# %% ../nbs/34_train.ipynb #c028
 def _arrays(pred, target):
     return (t.numpy() if isinstance(t, Tensor) else np.asarray(t) for t in (pred, target))
 
@@ -287,7 +299,7 @@ def _classes(name, pred, target, axis):
     z,t = _flat_scores(name, pred, target, axis)
     return z.argmax(1),t
 
-# %% ../nbs/34_train.ipynb #c025
+# %% ../nbs/34_train.ipynb #c029
 def accuracy(
     pred,    # scores, with classes along an axis
     target,  # class numbers, without that axis
@@ -297,6 +309,7 @@ def accuracy(
     z,t = _flat_scores('accuracy', pred, target, axis)
     return float((z.argmax(1)==t).mean())
 
+# %% ../nbs/34_train.ipynb #c030
 def error_rate(
     pred,    # scores, with classes along an axis
     target,  # class numbers, without that axis
@@ -305,6 +318,7 @@ def error_rate(
     "1 minus the accuracy"
     return 1-accuracy(pred, target, axis)
 
+# %% ../nbs/34_train.ipynb #c031
 def top_k_accuracy(
     pred,    # scores, with classes along an axis
     target,  # class numbers, without that axis
@@ -315,7 +329,7 @@ def top_k_accuracy(
     z,t = _flat_scores('top_k_accuracy', pred, target, axis)
     return float(((z > np.take_along_axis(z, t[:,None], 1)).sum(1) < k).mean())
 
-# %% ../nbs/34_train.ipynb #c026
+# %% ../nbs/34_train.ipynb #c032
 class Metric:
     "Something that is counted over batches: a subclass has `reset`, `update` and `value`"
     def reset(self): raise NotImplementedError
@@ -326,12 +340,13 @@ class Metric:
     @property
     def value(self): raise NotImplementedError
     @property
-    def name(self): return re.sub('(?<=[a-z0-9])(?=[A-Z])', '_', type(self).__name__).lower()
+    def name(self): # F1Score → f1_score
+        return re.sub('(?<=[a-z0-9])(?=[A-Z])', '_', type(self).__name__).lower()
     def __call__(self, pred, target): # for a lone batch
         self.reset(); self.update(pred, target)
         return self.value
 
-# %% ../nbs/34_train.ipynb #c027
+# %% ../nbs/34_train.ipynb #c033
 class AvgMetric(Metric):
     "The mean over all targets of a function that is a mean over the targets of a batch"
     def __init__(self,
@@ -347,7 +362,7 @@ class AvgMetric(Metric):
     @property
     def name(self): return getattr(getattr(self.func, 'func', self.func), '__name__', type(self.func).__name__)
 
-# %% ../nbs/34_train.ipynb #c028
+# %% ../nbs/34_train.ipynb #c034
 class ConfusionMatrix(Metric):
     "How often each class was taken for each: a row for what it is, a column for what was said"
     def __init__(self,
@@ -374,6 +389,7 @@ class ConfusionMatrix(Metric):
         colors[1:,1:] = np.where(np.eye(k), 2, np.where(C>0, 1, -1))
         return draw_grid([words.astype(str)], colors=[colors])
 
+# %% ../nbs/34_train.ipynb #c035
 class F1Score(ConfusionMatrix):
     "The harmonic mean of precision and recall"
     def __init__(self,
@@ -394,6 +410,7 @@ class F1Score(ConfusionMatrix):
         occur = there+said>0
         return float(np.average(f[occur], weights=there[occur] if self.average=='weighted' else None)) if occur.any() else math.nan
 
+# %% ../nbs/34_train.ipynb #c036
 class Perplexity(Metric):
     "The number of equally likely words among which the model is as uncertain as it is"
     def __init__(self,
@@ -410,7 +427,7 @@ class Perplexity(Metric):
     @property
     def value(self): return math.exp(min(self.total/self.count, 700)) if self.count else math.nan
 
-# %% ../nbs/34_train.ipynb #c033
+# %% ../nbs/34_train.ipynb #c041
 def _smoothed(x, beta):
     "Running means, as if they had begun long ago"
     y,mean = [],0.
@@ -468,7 +485,7 @@ class Recorder(Callback):
         "The learning rate"
         return draw_lines({'learning rate': self.lrs}, 'batches')
 
-# %% ../nbs/34_train.ipynb #c034
+# %% ../nbs/34_train.ipynb #c042
 def _tqdm():
     "The progress bar for this screen, and whether it is shown: `None` for only on a terminal"
     from importlib.util import find_spec # here as tqdm is: a third of the time that minima takes to import
@@ -498,13 +515,14 @@ class ProgressCallback(Callback):
     before_train = before_validate = _open
     after_train = after_validate = cleanup_fit = _close
 
-# %% ../nbs/34_train.ipynb #c035
+# %% ../nbs/34_train.ipynb #c043
 @patch(as_prop=True)
 def batch_size(self:Learner)->int:
     "Rows in the batch at hand"
     x = (self.yb or self.xb)[0]
     return x.shape[0] if getattr(x, 'shape', ()) else 1
 
+# %% ../nbs/34_train.ipynb #c044
 @patch
 def validate(self:Learner,
     dl=None, # iterable of batches; the validation set if `None`
@@ -514,6 +532,7 @@ def validate(self:Learner,
     finally: self('cleanup_fit')
     return self.recorder.validated()
 
+# %% ../nbs/34_train.ipynb #c045
 @patch
 def predict(self:Learner,
     *inputs, # arrays or tensors (n, …)
@@ -523,6 +542,7 @@ def predict(self:Learner,
     n = len(inputs[0])
     return self.get_preds([tuple(x[i:i+batch_size] for x in inputs) for i in range(0, n, batch_size)] or [inputs])[0]
 
+# %% ../nbs/34_train.ipynb #c046
 @patch
 def get_preds(self:Learner,
     dl=None, # iterable of batches; the validation set if `None`
@@ -540,18 +560,18 @@ def get_preds(self:Learner,
         for m,mode in modes: m.training = mode
     return Tensor.make_const(np.concatenate(preds)),Tensor.make_const(np.concatenate(targets)) if targets else None
 
-# %% ../nbs/34_train.ipynb #c046
+# %% ../nbs/34_train.ipynb #c057
 class Schedule(Callback):
     "Learning rates by a scheduler"
     order = 55 # after the recorder has noted the rate
     def __init__(self,
         make,            # function of an optimiser and the number of steps to a scheduler
         by_epoch=False,  # whether a step is an epoch; otherwise a batch
-        monitor=None,    # column of the recorder that a `ReduceLROnPlateau` watches, by epoch
+        monitor=None,    # column of the recorder, for a `ReduceLROnPlateau`, by epoch
     ): self.make,self.by_epoch,self.monitor = make,by_epoch or monitor is not None,monitor
     def before_fit(self):
         n = 1 if self.by_epoch else _length(self.train_dl)
-        if n is None: raise TypeError('Schedule: the batches cannot be counted, for the loader has no length; by_epoch=True needs none')
+        if n is None: raise TypeError('Schedule: the loader has no length; by_epoch=True needs none')
         self.steps,self.done = self.n_epoch*n,0
         self.scheduler = self.make(self.opt, self.steps)
     def _step(self):
@@ -563,13 +583,15 @@ class Schedule(Callback):
     def after_epoch(self):
         if self.by_epoch: self._step()
     saved = 'steps','done','scheduler'
-    def state_dict(self): return {'steps':self.steps, 'done':self.done, 'scheduler':self.scheduler.state_dict()}
+    def state_dict(self):
+        return {'steps':self.steps, 'done':self.done, 'scheduler':self.scheduler.state_dict()}
     def load_state_dict(self, state):
-        if state['steps']!=self.steps: raise ValueError(f"Schedule: the saved one is for {state['steps']} steps, this fit has {self.steps}")
+        if state['steps']!=self.steps:
+            raise ValueError(f"Schedule: the saved one is for {state['steps']} steps, this fit has {self.steps}")
         self.done = state['done']
         self.scheduler.load_state_dict(state['scheduler'])
 
-# %% ../nbs/34_train.ipynb #c047
+# %% ../nbs/34_train.ipynb #c058
 @patch
 def fit_one_cycle(self:Learner,
     n_epoch:int,    # epochs in all
@@ -586,7 +608,7 @@ def fit_one_cycle(self:Learner,
     def make(opt, steps): return OneCycleLR(opt, top, total_steps=steps, pct_start=pct_start, div_factor=div, final_div_factor=div_final/div, cycle_momentum=cycled, max_momentum=moms[0], base_momentum=moms[1])
     return self.fit(n_epoch, cbs=[Schedule(make), *_listed(cbs)])
 
-# %% ../nbs/34_train.ipynb #c051
+# %% ../nbs/34_train.ipynb #c063
 class GradientClip(Callback):
     "Gradients no longer, or no larger, than allowed"
     def __init__(self,
@@ -596,8 +618,10 @@ class GradientClip(Callback):
     ): self.max_norm,self.norm_type,self.value = max_norm,norm_type,value
     def before_step(self):
         if self.value is not None: clip_grad_value_(self.model.parameters(), self.value)
-        if self.max_norm is not None: clip_grad_norm_(self.model.parameters(), self.max_norm, self.norm_type)
+        if self.max_norm is None: return
+        clip_grad_norm_(self.model.parameters(), self.max_norm, self.norm_type)
 
+# %% ../nbs/34_train.ipynb #c064
 class GradientAccumulation(Callback):
     "A step for every `n_acc` rows or more, as if they had been one batch"
     order,saved = -10,('count',) # before the gradients are clipped
@@ -609,7 +633,8 @@ class GradientAccumulation(Callback):
         self.count += self.batch_size
         self.learn.loss_grad = self.loss*self.batch_size
     def before_step(self):
-        if self.count<self.n_acc and self.iter+1!=self.n_iter: raise CancelStepException # the last batch of an epoch takes the step
+        last = self.iter+1==self.n_iter # batch of the epoch, which takes the step in any case
+        if self.count<self.n_acc and not last: raise CancelStepException
         with no_grad():
             for p in self.model.parameters():
                 if p.grad is not None: p.grad *= 1/self.count
@@ -617,12 +642,12 @@ class GradientAccumulation(Callback):
     def after_cancel_batch(self):
         if all(p.grad is None for p in self.model.parameters()): self.count = 0
 
-# %% ../nbs/34_train.ipynb #c056
+# %% ../nbs/34_train.ipynb #c069
 class ActivationStats(Callback):
     "Mean, standard deviation and share of dead units of what layers give"
     watching,kinds = True,('mean','std','dead')
     def __init__(self,
-        modules=None, # that are looked at: a function of a name and a module to a truth value; those without parts if `None`
+        modules=None, # which: a function of a name and a module to a truth value; those without parts if `None`
         every=1,      # batches from one look to the next
     ): self.modules,self.every,self.handles,self.rows = modules,every,[],{}
     def before_fit(self):
@@ -650,7 +675,7 @@ class ActivationStats(Callback):
         for h in self.handles: h.remove()
         self.handles = []
 
-# %% ../nbs/34_train.ipynb #c060
+# %% ../nbs/34_train.ipynb #c073
 def _bad(a): return a.dtype.kind=='f' and not np.isfinite(a).all()
 
 class TerminateOnNaNCallback(Callback):
@@ -681,7 +706,7 @@ class TerminateOnNaNCallback(Callback):
         came = ', '.join(f'{a.shape} from {a.detach().numpy().min():.3g} to {a.detach().numpy().max():.3g}' for a in args if isinstance(a, Tensor) and a.size)
         return f'{where}: the first layer with a result that is not finite is {name or "the model itself"}, {m!r}; its input is {came}'
 
-# %% ../nbs/34_train.ipynb #c064
+# %% ../nbs/34_train.ipynb #c077
 class TrackerCallback(Callback):
     "Whether a column of the recorder has improved"
     order,watching,saved = 70,True,('best','wait')
@@ -701,6 +726,7 @@ class TrackerCallback(Callback):
         if self.improved: self.best,self.wait = value,0
         else: self.wait += 1
 
+# %% ../nbs/34_train.ipynb #c078
 class EarlyStoppingCallback(TrackerCallback):
     "End the fit when nothing improves"
     def __init__(self,
@@ -713,6 +739,7 @@ class EarlyStoppingCallback(TrackerCallback):
         super().after_epoch()
         if self.wait>=self.patience: raise CancelFitException
 
+# %% ../nbs/34_train.ipynb #c079
 class SaveModelCallback(TrackerCallback):
     "Write the weights when they are the best so far, and have these at the end"
     order = 69 # before the fit may end
@@ -730,6 +757,7 @@ class SaveModelCallback(TrackerCallback):
     def after_fit(self):
         if math.isfinite(self.best): load_model(self.model, self.path)
 
+# %% ../nbs/34_train.ipynb #c080
 class CSVLogger(Callback):
     "The rows of the recorder as a file"
     order,watching = 65,True
@@ -741,7 +769,7 @@ class CSVLogger(Callback):
         rows = [self.recorder.names, *self.recorder.values]
         atomic_write({self.path: ''.join(','.join(map(str, r))+'\n' for r in rows).encode()})
 
-# %% ../nbs/34_train.ipynb #c068
+# %% ../nbs/34_train.ipynb #c084
 def _generators(model):
     "The random generators that modules hold"
     return {f'{n}.{k}':g for n,m in model.named_modules() for k,g in vars(m).items() if isinstance(g, np.random.Generator)}
@@ -758,7 +786,7 @@ def _named_cbs(self:Learner):
     return named
 
 @patch
-def state_dict(self:Learner)->dict: # for `save`; not a copy
+def state_dict(self:Learner)->dict: # not a copy; a file can hold it
     "All that the rest of the training depends on"
     state = self.model.state_dict()
     return {'checkpoint': 1, 'position': self.position, 'model': state, 'optimizer': type(self.opt).__name__, 'opt': self.opt.state_dict(),
@@ -767,7 +795,7 @@ def state_dict(self:Learner)->dict: # for `save`; not a copy
             'callbacks': {n:cb.state_dict() for n,cb in self._named_cbs().items()},
             'rng': get_rng_state(), 'rng_epoch': self.rng_epoch, 'generators': {n:g.bit_generator.state for n,g in _generators(self.model).items()}}
 
-# %% ../nbs/34_train.ipynb #c069
+# %% ../nbs/34_train.ipynb #c085
 @patch
 def _load_moment(self:Learner, state):
     "What changes while batches are drawn: random numbers, callbacks"
@@ -805,7 +833,7 @@ def load_state_dict(self:Learner,
     try: self._load(state)
     except Exception: self._load(old); raise
 
-# %% ../nbs/34_train.ipynb #c070
+# %% ../nbs/34_train.ipynb #c086
 @patch
 def resume(self:Learner,
     state:dict, # from `state_dict`
@@ -815,6 +843,7 @@ def resume(self:Learner,
     self.position,self.state = tuple(state['position']),state
     if self.position[1]: set_rng_state(state['rng_epoch']) # with which the loader began its epoch
 
+# %% ../nbs/34_train.ipynb #c087
 class CheckpointCallback(Callback):
     "Write the state of the run to a file, and go on from there if the file exists"
     order,watching = 100,True # when the others are done
@@ -831,7 +860,7 @@ class CheckpointCallback(Callback):
         if self.training and self.every and (self.iter+1)%self.every==0: self.after_epoch()
     def after_epoch(self): save_file(self.learn.state_dict(), self.path)
 
-# %% ../nbs/34_train.ipynb #c079
+# %% ../nbs/34_train.ipynb #c096
 class LRFinder(Callback):
     "A learning rate that grows, and the loss at each"
     def __init__(self,
@@ -872,6 +901,7 @@ class LRFinder(Callback):
         return draw_lines({'loss': np.stack([x, y], 1), f'suggestion {self.lrs[at]:.2g}': [(x[at], y[at])]}, 'logarithm of the learning rate to base 10', 'smoothed loss')
     def __repr__(self): return f'LRFinder(suggestion={self.suggestion:.2g}, minimum={self.minimum:.2g}, {len(self.lrs)} batches)'
 
+# %% ../nbs/34_train.ipynb #c097
 @patch
 def lr_find(self:Learner,
     start_lr=1e-7, # the first rate
@@ -890,7 +920,7 @@ def lr_find(self:Learner,
     if len(finder.raw)<3: raise RuntimeError(f'lr_find: the loss was not finite after {len(finder.raw)} batches')
     return finder
 
-# %% ../nbs/34_train.ipynb #c083
+# %% ../nbs/34_train.ipynb #c101
 @patch
 def save(self:Learner,
     path,               # of the file, ends in .npz
@@ -899,6 +929,7 @@ def save(self:Learner,
     "Write the weights, whole or not at all"
     save_file({'model': self.model.state_dict()} | ({'optimizer': type(self.opt).__name__, 'opt': self.opt.state_dict()} if with_opt else {}), path)
 
+# %% ../nbs/34_train.ipynb #c102
 @patch
 def load(self:Learner,
     path,               # of a file from `save`, or a checkpoint
