@@ -29,7 +29,7 @@ def atomic_write(
                 if callable(files[path]): files[path](f)
                 else: f.write(files[path])
                 f.flush()
-                os.fsync(f.fileno()) # else a power cut could leave an empty file of the new name
+                os.fsync(f.fileno()) # or a power cut may leave the new name on an empty file
         for part,path in parts.items(): os.replace(part, path)
         for folder in {p.parent for p in parts}: _sync(folder)
     finally:
@@ -144,7 +144,7 @@ def _read(z, size):
 
 # %% ../nbs/29_io.ipynb #c017
 def load(
-    path, # of a file that `save` has written
+    path, # of a saved object
 ): # a copy of what was saved
     "Read an object from a file, if the file is whole and good"
     with open(path, 'rb') as f:
@@ -237,7 +237,7 @@ class OnnxGraph:
     def __init__(self,
         onnx,  # the module
         sizes, # from the name of a free axis to an input and the number of the axis there
-        shape, # function from a tensor of the trace to its shape, with a polynomial in the place of a free size
+        shape, # from a tensor of the trace to its shape, where free sizes are polynomials
     ): self.onnx,self.sizes,self.shape,self.nodes,self.constants,self._known,self._count = onnx,sizes,shape,[],{},{},itertools.count()
     def __call__(self,
         kind:str,  # of ONNX's operators
@@ -559,11 +559,11 @@ def _constants(traces, corners):
 # %% ../nbs/29_io.ipynb #c043
 def export_onnx(
     model,     # a function of tensors, or a module, which is traced in evaluation mode
-    args,      # what it is called with: an array, a tensor, or a tuple of those; only shapes and dtypes matter
+    args,      # array, tensor, or a tuple of those; only shapes and dtypes matter
     path=None, # of the file, which is written whole or not at all; none if `None`
     input_names=None,  # a name for each of `args`; those of the parameters if `None`
     output_names=None, # a name for each result; 'output', 'output_1', … if `None`
-    dynamic_axes=None, # from the name of an input to its free axes: a dict from their numbers to names, or a list of numbers
+    dynamic_axes=None, # {input: {axis: name}}, or {input: [axis, …]}, of the axes that stay free
 ): # an `onnx.ModelProto`, for opset 18
     "The model as a graph of ONNX"
     onnx = need('onnx', 'onnx', 'export_onnx')

@@ -84,11 +84,12 @@ class CancelValidateException(Exception): "Go on with `after_validate`"
 class CancelEpochException(Exception):    "Go on with `after_epoch`"
 class CancelFitException(Exception):      "Go on with `after_fit`"
 
+# %% ../nbs/34_train.ipynb #c018
 _events = '''before_fit before_epoch before_train before_batch after_pred after_loss before_backward before_step after_step after_cancel_step
     after_cancel_batch after_batch after_cancel_train after_train before_validate after_cancel_validate after_validate
     after_cancel_epoch after_epoch after_cancel_fit after_fit cleanup_fit'''.split()
 
-# %% ../nbs/34_train.ipynb #c018
+# %% ../nbs/34_train.ipynb #c019
 class Callback:
     "A part of training: its methods are called at the events they are named after"
     order = 0       # who is called first: the smallest; of equals, who came first
@@ -97,25 +98,25 @@ class Callback:
     learn = None
     def __getattr__(self, name):
         if name[0]=='_' or self.learn is None:
-            raise AttributeError(f'{type(self).__name__} has no {name!r}, and no learner that could')
+            raise AttributeError(f'{type(self).__name__} has no {name!r}, nor a learner')
         return getattr(self.learn, name)
     def state_dict(self): return {n: getattr(self, n) for n in self.saved}
     def load_state_dict(self, state):
         if state.keys()!=set(self.saved):
-            raise ValueError(f'{type(self).__name__}: a state of {sorted(state)}, wanted {sorted(self.saved)}')
+            raise ValueError(f'{self!r}: a state of {sorted(state)}, wanted {sorted(self.saved)}')
         vars(self).update(state)
     def __repr__(self): return type(self).__name__
 
-# %% ../nbs/34_train.ipynb #c019
+# %% ../nbs/34_train.ipynb #c020
 class Learner:
     "Data, a model, a loss and an optimiser, and the loop that brings them together"
     def __init__(self,
-        dls,             # iterables of batches: a pair (train, valid), or train alone, or an object with both
+        dls,             # iterables of batches: (train, valid), or train alone, or an object with both
         model,           # a `Module`, or what can be called and has `parameters`
         loss_func,       # predictions and targets to a tensor without axes
         opt_func=Adam,   # parameters and `lr` to an optimiser
         lr:float=1e-3,   # learning rate, unless `fit` is told another
-        metrics=(),      # of the validation set: `Metric`s, or functions of predictions and targets
+        metrics=(),      # `Metric`s, or functions of predictions and targets, for the validation
         cbs=(),          # callbacks, besides `Recorder` and `ProgressCallback`
         *,
         opt=None,        # an optimiser that is there already, instead of `opt_func` and `lr`
@@ -192,7 +193,7 @@ class Learner:
             finally: self('cleanup_fit')
         return self
 
-# %% ../nbs/34_train.ipynb #c020
+# %% ../nbs/34_train.ipynb #c021
 def _listed(x): return list(x) if isinstance(x, (list,tuple)) else [x]
 def _pair(dls):
     "The iterables of batches to learn from and to be judged by"
@@ -202,7 +203,7 @@ def _pair(dls):
 def _length(dl): return len(dl) if hasattr(dl, '__len__') else None
 def _as_const(x): return x if isinstance(x, Tensor) or not hasattr(x, 'dtype') else Tensor.make_const(x)
 
-# %% ../nbs/34_train.ipynb #c022
+# %% ../nbs/34_train.ipynb #c023
 @patch
 def __call__(self:Learner,
     event:str, # its name
@@ -210,7 +211,7 @@ def __call__(self:Learner,
     "Let it happen"
     for f in self._listeners[event]: f()
 
-# %% ../nbs/34_train.ipynb #c023
+# %% ../nbs/34_train.ipynb #c024
 @patch
 def _with_events(self:Learner, f, name, cancel):
     try: self(f'before_{name}'); f()
@@ -246,7 +247,7 @@ def add_cbs(self:Learner,
         cb.learn = self
     self._set_cbs([*self.cbs, *cbs])
 
-# %% ../nbs/34_train.ipynb #c024
+# %% ../nbs/34_train.ipynb #c025
 @patch
 def remove_cbs(self:Learner,
     cbs, # a callback, or several, or their classes
@@ -255,7 +256,7 @@ def remove_cbs(self:Learner,
     gone = _listed(cbs)
     self._set_cbs([cb for cb in self.cbs if cb not in gone and type(cb) not in gone])
 
-# %% ../nbs/34_train.ipynb #c025
+# %% ../nbs/34_train.ipynb #c026
 @patch
 def _set_cbs(self:Learner, cbs):
     self.cbs = sorted(cbs, key=lambda cb: cb.order)
@@ -271,7 +272,7 @@ def added_cbs(self:Learner, cbs):
     try: yield self
     finally: self._set_cbs(old)
 
-# %% ../nbs/34_train.ipynb #c026
+# %% ../nbs/34_train.ipynb #c027
 @patch
 @contextmanager
 def no_bar(self:Learner):
@@ -281,7 +282,7 @@ def no_bar(self:Learner):
     try: yield self
     finally: self._set_cbs(old)
 
-# %% ../nbs/34_train.ipynb #c028
+# %% ../nbs/34_train.ipynb #c029
 def _arrays(pred, target):
     return (t.numpy() if isinstance(t, Tensor) else np.asarray(t) for t in (pred, target))
 
@@ -299,7 +300,7 @@ def _classes(name, pred, target, axis):
     z,t = _flat_scores(name, pred, target, axis)
     return z.argmax(1),t
 
-# %% ../nbs/34_train.ipynb #c029
+# %% ../nbs/34_train.ipynb #c030
 def accuracy(
     pred,    # scores, with classes along an axis
     target,  # class numbers, without that axis
@@ -309,7 +310,7 @@ def accuracy(
     z,t = _flat_scores('accuracy', pred, target, axis)
     return float((z.argmax(1)==t).mean())
 
-# %% ../nbs/34_train.ipynb #c030
+# %% ../nbs/34_train.ipynb #c031
 def error_rate(
     pred,    # scores, with classes along an axis
     target,  # class numbers, without that axis
@@ -318,7 +319,7 @@ def error_rate(
     "1 minus the accuracy"
     return 1-accuracy(pred, target, axis)
 
-# %% ../nbs/34_train.ipynb #c031
+# %% ../nbs/34_train.ipynb #c032
 def top_k_accuracy(
     pred,    # scores, with classes along an axis
     target,  # class numbers, without that axis
@@ -329,7 +330,7 @@ def top_k_accuracy(
     z,t = _flat_scores('top_k_accuracy', pred, target, axis)
     return float(((z > np.take_along_axis(z, t[:,None], 1)).sum(1) < k).mean())
 
-# %% ../nbs/34_train.ipynb #c032
+# %% ../nbs/34_train.ipynb #c033
 class Metric:
     "Something that is counted over batches: a subclass has `reset`, `update` and `value`"
     def reset(self): raise NotImplementedError
@@ -346,7 +347,7 @@ class Metric:
         self.reset(); self.update(pred, target)
         return self.value
 
-# %% ../nbs/34_train.ipynb #c033
+# %% ../nbs/34_train.ipynb #c034
 class AvgMetric(Metric):
     "The mean over all targets of a function that is a mean over the targets of a batch"
     def __init__(self,
@@ -362,7 +363,7 @@ class AvgMetric(Metric):
     @property
     def name(self): return getattr(getattr(self.func, 'func', self.func), '__name__', type(self.func).__name__)
 
-# %% ../nbs/34_train.ipynb #c034
+# %% ../nbs/34_train.ipynb #c035
 class ConfusionMatrix(Metric):
     "How often each class was taken for each: a row for what it is, a column for what was said"
     def __init__(self,
@@ -389,7 +390,7 @@ class ConfusionMatrix(Metric):
         colors[1:,1:] = np.where(np.eye(k), 2, np.where(C>0, 1, -1))
         return draw_grid([words.astype(str)], colors=[colors])
 
-# %% ../nbs/34_train.ipynb #c035
+# %% ../nbs/34_train.ipynb #c036
 class F1Score(ConfusionMatrix):
     "The harmonic mean of precision and recall"
     def __init__(self,
@@ -410,7 +411,7 @@ class F1Score(ConfusionMatrix):
         occur = there+said>0
         return float(np.average(f[occur], weights=there[occur] if self.average=='weighted' else None)) if occur.any() else math.nan
 
-# %% ../nbs/34_train.ipynb #c036
+# %% ../nbs/34_train.ipynb #c037
 class Perplexity(Metric):
     "The number of equally likely words among which the model is as uncertain as it is"
     def __init__(self,
@@ -427,7 +428,7 @@ class Perplexity(Metric):
     @property
     def value(self): return math.exp(min(self.total/self.count, 700)) if self.count else math.nan
 
-# %% ../nbs/34_train.ipynb #c041
+# %% ../nbs/34_train.ipynb #c042
 def _smoothed(x, beta):
     "Running means, as if they had begun long ago"
     y,mean = [],0.
@@ -485,7 +486,7 @@ class Recorder(Callback):
         "The learning rate"
         return draw_lines({'learning rate': self.lrs}, 'batches')
 
-# %% ../nbs/34_train.ipynb #c042
+# %% ../nbs/34_train.ipynb #c043
 def _tqdm():
     "The progress bar for this screen, and whether it is shown: `None` for only on a terminal"
     from importlib.util import find_spec # here as tqdm is: a third of the time that minima takes to import
@@ -515,14 +516,14 @@ class ProgressCallback(Callback):
     before_train = before_validate = _open
     after_train = after_validate = cleanup_fit = _close
 
-# %% ../nbs/34_train.ipynb #c043
+# %% ../nbs/34_train.ipynb #c044
 @patch(as_prop=True)
 def batch_size(self:Learner)->int:
     "Rows in the batch at hand"
     x = (self.yb or self.xb)[0]
     return x.shape[0] if getattr(x, 'shape', ()) else 1
 
-# %% ../nbs/34_train.ipynb #c044
+# %% ../nbs/34_train.ipynb #c045
 @patch
 def validate(self:Learner,
     dl=None, # iterable of batches; the validation set if `None`
@@ -532,7 +533,7 @@ def validate(self:Learner,
     finally: self('cleanup_fit')
     return self.recorder.validated()
 
-# %% ../nbs/34_train.ipynb #c045
+# %% ../nbs/34_train.ipynb #c046
 @patch
 def predict(self:Learner,
     *inputs, # arrays or tensors (n, …)
@@ -542,7 +543,7 @@ def predict(self:Learner,
     n = len(inputs[0])
     return self.get_preds([tuple(x[i:i+batch_size] for x in inputs) for i in range(0, n, batch_size)] or [inputs])[0]
 
-# %% ../nbs/34_train.ipynb #c046
+# %% ../nbs/34_train.ipynb #c047
 @patch
 def get_preds(self:Learner,
     dl=None, # iterable of batches; the validation set if `None`
@@ -560,7 +561,7 @@ def get_preds(self:Learner,
         for m,mode in modes: m.training = mode
     return Tensor.make_const(np.concatenate(preds)),Tensor.make_const(np.concatenate(targets)) if targets else None
 
-# %% ../nbs/34_train.ipynb #c057
+# %% ../nbs/34_train.ipynb #c058
 class Schedule(Callback):
     "Learning rates by a scheduler"
     order = 55 # after the recorder has noted the rate
@@ -591,7 +592,7 @@ class Schedule(Callback):
         self.done = state['done']
         self.scheduler.load_state_dict(state['scheduler'])
 
-# %% ../nbs/34_train.ipynb #c058
+# %% ../nbs/34_train.ipynb #c059
 @patch
 def fit_one_cycle(self:Learner,
     n_epoch:int,    # epochs in all
@@ -608,7 +609,7 @@ def fit_one_cycle(self:Learner,
     def make(opt, steps): return OneCycleLR(opt, top, total_steps=steps, pct_start=pct_start, div_factor=div, final_div_factor=div_final/div, cycle_momentum=cycled, max_momentum=moms[0], base_momentum=moms[1])
     return self.fit(n_epoch, cbs=[Schedule(make), *_listed(cbs)])
 
-# %% ../nbs/34_train.ipynb #c063
+# %% ../nbs/34_train.ipynb #c064
 class GradientClip(Callback):
     "Gradients no longer, or no larger, than allowed"
     def __init__(self,
@@ -621,7 +622,7 @@ class GradientClip(Callback):
         if self.max_norm is None: return
         clip_grad_norm_(self.model.parameters(), self.max_norm, self.norm_type)
 
-# %% ../nbs/34_train.ipynb #c064
+# %% ../nbs/34_train.ipynb #c065
 class GradientAccumulation(Callback):
     "A step for every `n_acc` rows or more, as if they had been one batch"
     order,saved = -10,('count',) # before the gradients are clipped
@@ -642,7 +643,7 @@ class GradientAccumulation(Callback):
     def after_cancel_batch(self):
         if all(p.grad is None for p in self.model.parameters()): self.count = 0
 
-# %% ../nbs/34_train.ipynb #c069
+# %% ../nbs/34_train.ipynb #c070
 class ActivationStats(Callback):
     "Mean, standard deviation and share of dead units of what layers give"
     watching,kinds = True,('mean','std','dead')
@@ -675,7 +676,7 @@ class ActivationStats(Callback):
         for h in self.handles: h.remove()
         self.handles = []
 
-# %% ../nbs/34_train.ipynb #c073
+# %% ../nbs/34_train.ipynb #c074
 def _bad(a): return a.dtype.kind=='f' and not np.isfinite(a).all()
 
 class TerminateOnNaNCallback(Callback):
@@ -706,7 +707,7 @@ class TerminateOnNaNCallback(Callback):
         came = ', '.join(f'{a.shape} from {a.detach().numpy().min():.3g} to {a.detach().numpy().max():.3g}' for a in args if isinstance(a, Tensor) and a.size)
         return f'{where}: the first layer with a result that is not finite is {name or "the model itself"}, {m!r}; its input is {came}'
 
-# %% ../nbs/34_train.ipynb #c077
+# %% ../nbs/34_train.ipynb #c078
 class TrackerCallback(Callback):
     "Whether a column of the recorder has improved"
     order,watching,saved = 70,True,('best','wait')
@@ -726,7 +727,7 @@ class TrackerCallback(Callback):
         if self.improved: self.best,self.wait = value,0
         else: self.wait += 1
 
-# %% ../nbs/34_train.ipynb #c078
+# %% ../nbs/34_train.ipynb #c079
 class EarlyStoppingCallback(TrackerCallback):
     "End the fit when nothing improves"
     def __init__(self,
@@ -739,7 +740,7 @@ class EarlyStoppingCallback(TrackerCallback):
         super().after_epoch()
         if self.wait>=self.patience: raise CancelFitException
 
-# %% ../nbs/34_train.ipynb #c079
+# %% ../nbs/34_train.ipynb #c080
 class SaveModelCallback(TrackerCallback):
     "Write the weights when they are the best so far, and have these at the end"
     order = 69 # before the fit may end
@@ -757,7 +758,7 @@ class SaveModelCallback(TrackerCallback):
     def after_fit(self):
         if math.isfinite(self.best): load_model(self.model, self.path)
 
-# %% ../nbs/34_train.ipynb #c080
+# %% ../nbs/34_train.ipynb #c081
 class CSVLogger(Callback):
     "The rows of the recorder as a file"
     order,watching = 65,True
@@ -769,7 +770,7 @@ class CSVLogger(Callback):
         rows = [self.recorder.names, *self.recorder.values]
         atomic_write({self.path: ''.join(','.join(map(str, r))+'\n' for r in rows).encode()})
 
-# %% ../nbs/34_train.ipynb #c084
+# %% ../nbs/34_train.ipynb #c085
 def _generators(model):
     "The random generators that modules hold"
     return {f'{n}.{k}':g for n,m in model.named_modules() for k,g in vars(m).items() if isinstance(g, np.random.Generator)}
@@ -795,7 +796,7 @@ def state_dict(self:Learner)->dict: # not a copy; a file can hold it
             'callbacks': {n:cb.state_dict() for n,cb in self._named_cbs().items()},
             'rng': get_rng_state(), 'rng_epoch': self.rng_epoch, 'generators': {n:g.bit_generator.state for n,g in _generators(self.model).items()}}
 
-# %% ../nbs/34_train.ipynb #c085
+# %% ../nbs/34_train.ipynb #c086
 @patch
 def _load_moment(self:Learner, state):
     "What changes while batches are drawn: random numbers, callbacks"
@@ -833,7 +834,7 @@ def load_state_dict(self:Learner,
     try: self._load(state)
     except Exception: self._load(old); raise
 
-# %% ../nbs/34_train.ipynb #c086
+# %% ../nbs/34_train.ipynb #c087
 @patch
 def resume(self:Learner,
     state:dict, # from `state_dict`
@@ -843,7 +844,7 @@ def resume(self:Learner,
     self.position,self.state = tuple(state['position']),state
     if self.position[1]: set_rng_state(state['rng_epoch']) # with which the loader began its epoch
 
-# %% ../nbs/34_train.ipynb #c087
+# %% ../nbs/34_train.ipynb #c088
 class CheckpointCallback(Callback):
     "Write the state of the run to a file, and go on from there if the file exists"
     order,watching = 100,True # when the others are done
@@ -860,7 +861,7 @@ class CheckpointCallback(Callback):
         if self.training and self.every and (self.iter+1)%self.every==0: self.after_epoch()
     def after_epoch(self): save_file(self.learn.state_dict(), self.path)
 
-# %% ../nbs/34_train.ipynb #c096
+# %% ../nbs/34_train.ipynb #c097
 class LRFinder(Callback):
     "A learning rate that grows, and the loss at each"
     def __init__(self,
@@ -901,7 +902,7 @@ class LRFinder(Callback):
         return draw_lines({'loss': np.stack([x, y], 1), f'suggestion {self.lrs[at]:.2g}': [(x[at], y[at])]}, 'logarithm of the learning rate to base 10', 'smoothed loss')
     def __repr__(self): return f'LRFinder(suggestion={self.suggestion:.2g}, minimum={self.minimum:.2g}, {len(self.lrs)} batches)'
 
-# %% ../nbs/34_train.ipynb #c097
+# %% ../nbs/34_train.ipynb #c098
 @patch
 def lr_find(self:Learner,
     start_lr=1e-7, # the first rate
@@ -920,7 +921,7 @@ def lr_find(self:Learner,
     if len(finder.raw)<3: raise RuntimeError(f'lr_find: the loss was not finite after {len(finder.raw)} batches')
     return finder
 
-# %% ../nbs/34_train.ipynb #c101
+# %% ../nbs/34_train.ipynb #c102
 @patch
 def save(self:Learner,
     path,               # of the file, ends in .npz
@@ -929,10 +930,10 @@ def save(self:Learner,
     "Write the weights, whole or not at all"
     save_file({'model': self.model.state_dict()} | ({'optimizer': type(self.opt).__name__, 'opt': self.opt.state_dict()} if with_opt else {}), path)
 
-# %% ../nbs/34_train.ipynb #c102
+# %% ../nbs/34_train.ipynb #c103
 @patch
 def load(self:Learner,
-    path,               # of a file from `save`, or a checkpoint
+    path,               # of such a file, or of a checkpoint
     with_opt:bool=True, # the state of the optimiser too, if there is one
     strict:bool=True,   # refuse names that are missing or unknown
 ):
