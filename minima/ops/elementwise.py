@@ -346,7 +346,7 @@ def where(
     b,         # tensor or number, taken elsewhere; all three broadcast
 ) -> Tensor:   # of the common shape
     "Choose between `a` and `b`, elementwise"
-    c = as_tensor(condition, 'where')
+    c = as_tensor(condition, 'where', a if isinstance(a, Tensor) else b)
     if c.dtype.kind!='b': raise TypeError(f'where: a condition of {c.shape} {c.dtype}, wanted booleans; a comparison makes them')
     a,b = as_tensors(a, b, 'where')
     if a.dtype!=b.dtype: a,b = (astype(x, _common_dtype(a, b)) for x in (a,b))
@@ -379,7 +379,7 @@ class AddScalar(ScalarOp):
 add = _binary('add', EWiseAdd(), AddScalar, r"$a+b$, elementwise")
 add_scalar = _scalar('add_scalar', AddScalar, r"$a+s$, elementwise")
 Tensor.__add__ = add
-Tensor.__radd__ = lambda self, other: add(as_tensor(other, 'add') if as_number(other) is None else self, self if as_number(other) is None else other)
+Tensor.__radd__ = lambda self, other: add(as_tensor(other, 'add', self) if as_number(other) is None else self, self if as_number(other) is None else other)
 Tensor.__pos__ = lambda self: self
 
 # %% ../../nbs/11_elementwise.ipynb #c050
