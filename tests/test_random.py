@@ -30,7 +30,7 @@ unary = {
     'var': lambda a,k: a.var(axis(a, k)), 'norm': lambda a,k: a.norm(2, axis(a, k)), 'cumprod': lambda a,k: a.cumprod(axis(a, k)), 'topk': lambda a,k: a.topk(1, axis(a, k))[0], 'triu': lambda a,k: a.triu(k%3-1), 'swapaxes': lambda a,k: a.swapaxes(axis(a, k), axis(a, k//3)),
     'chunk': lambda a,k: a.chunk(2, axis(a, k))[-1], 'split': lambda a,k: a.split(2, axis(a, k))[0], 'repeat': lambda a,k: a.repeat_interleave(2, axis(a, k)), 'masked_fill': lambda a,k: a.masked_fill(a>.2, .3), 'mod': lambda a,k: a % .7, 'floor': lambda a,k: a.floor() + a,
     'diag_embed': lambda a,k: a.diag_embed(), 'moveaxis': lambda a,k: a.moveaxis(axis(a, k), axis(a, k//3)), 'none': lambda a,k: a[None,...], 'mask': lambda a,k: a[[True]+[k%2==0]*(len(a)-1)],
-    'gelu': nn('gelu'), 'silu': nn('silu'), 'mish': nn('mish'), 'elu': nn('elu', .7), 'selu': nn('selu'), 'celu': nn('celu', .6), 'softplus': nn('softplus'), 'leaky_relu': nn('leaky_relu', .1), 'hardtanh': nn('hardtanh'), 'logsigmoid': nn('logsigmoid'), 'softsign': nn('softsign'), 'relu6': nn('relu6'), 'hardswish': nn('hardswish'),
+    'gelu': nn('gelu'), 'silu': nn('silu'), 'mish': nn('mish'), 'elu': nn('elu', .7), 'selu': nn('selu'), 'celu': nn('celu', .5), 'softplus': nn('softplus'), 'leaky_relu': nn('leaky_relu', .1), 'hardtanh': nn('hardtanh'), 'logsigmoid': nn('logsigmoid'), 'softsign': nn('softsign'), 'relu6': nn('relu6'), 'hardswish': nn('hardswish'),
 }
 binary = {
     'maximum': lambda a,b,k: a.maximum(b), 'minimum': lambda a,b,k: a.minimum(b), 'arctan2': lambda a,b,k: a.arctan2(b*b + .5), 'logaddexp': lambda a,b,k: a.logaddexp(b), 'where': lambda a,b,k: a.where(b>0, b),
