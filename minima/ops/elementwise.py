@@ -136,7 +136,9 @@ def as_tensors(a, b, name):
     elif isinstance(b, Tensor): a = _constant(a, b)
     return as_tensor(a, name),as_tensor(b, name)
 
-def _zeros(x): return Tensor.make_const(np.zeros(x.shape, x.dtype))
+def _zeros(x):
+    a = x.cached_data
+    return Tensor.make_const(np.zeros(x.shape, x.dtype) if a is None else xp(a).zeros_like(a))
 
 # %% ../../nbs/11_elementwise.ipynb #c014
 def _binary(name, zip_op, scalar_op):
