@@ -6,7 +6,6 @@
 __all__ = ['row_major', 'NDArray', 'places', 'PythonKernels', 'NumbaKernels', 'NumbaArray', 'ndarray_device']
 
 # %% ../nbs/23_ndarray.ipynb #c003
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from math import prod
 from numbers import Integral
@@ -33,7 +32,7 @@ class NDArray(NDArrayOperatorsMixin):
     "A view of a flat buffer: the element at (i, j, …) is `buffer[offset + i*strides[0] + j*strides[1] + …]`"
     __slots__ = ('buffer', 'shape', 'strides', 'offset', '__weakref__')
     def __init__(self,
-        buffer,             # memory: a NumPy array of one axis; what has more of them, or is a list, is flattened
+        buffer,             # memory: a NumPy array of one axis; what has more of them, or is a list, is flattened; copied if it has gaps or is read-only
         shape:tuple=None,   # size of each axis; that of `buffer` if `None`
         strides:tuple=None, # steps in the buffer from an element to its neighbour along each axis; row-major if `None`
         offset:int=0,       # place of the first element
@@ -49,6 +48,7 @@ class NDArray(NDArrayOperatorsMixin):
     dtype = property(lambda self: self.buffer.dtype, doc="NumPy's dtype of the elements")
     ndim  = property(lambda self: len(self.shape), doc="Number of axes")
     size  = property(lambda self: prod(self.shape), doc="Number of elements")
+    T     = property(lambda self: self.permute(range(self.ndim)[::-1]), doc="All axes in reverse order")
     base  = property(lambda self: self.buffer, doc="What all views of one memory share")
     itemsize = property(lambda self: self.buffer.itemsize, doc="Bytes of an element")
     nbytes   = property(lambda self: self.size*self.itemsize, doc="Bytes of all elements")
@@ -86,6 +86,7 @@ def numpy(self:NDArray)->np.ndarray:
     if _repeats(self): a.flags.writeable = False
     return a
 
+# %% ../nbs/23_ndarray.ipynb #c014
 @patch
 def __array__(self:NDArray, dtype=None, copy=None):
     "What `np.asarray` asks for; shared unless a copy is wanted"
@@ -96,7 +97,7 @@ def __repr__(self:NDArray):
     "The numbers, and how they lie"
     return f'{type(self).__name__}(\n{self.numpy()}\nshape={self.shape}, strides={self.strides}, offset={self.offset}, {self.dtype} buffer of {len(self.buffer)})'
 
-# %% ../nbs/23_ndarray.ipynb #c020
+# %% ../nbs/23_ndarray.ipynb #c021
 @patch
 def permute(self:NDArray,
     axes:tuple, # axis `k` of the result is axis `axes[k]` of this array
@@ -105,12 +106,6 @@ def permute(self:NDArray,
     axes = normalize_axis_tuple(axes, self.ndim)
     if len(axes)!=self.ndim: raise ValueError(f'permute: axes {axes} for shape {self.shape}')
     return self._view([self.shape[i] for i in axes], [self.strides[i] for i in axes], self.offset)
-
-# %% ../nbs/23_ndarray.ipynb #c021
-@patch(as_prop=True)
-def T(self:NDArray):
-    "All axes in reverse order"
-    return self.permute(range(self.ndim)[::-1])
 
 # %% ../nbs/23_ndarray.ipynb #c024
 @patch
@@ -148,16 +143,31 @@ def _slice(self:NDArray,
         else: raise IndexError(f'index {i} is out of bounds for axis {axis} with size {n}')
     return self._view(shape, strides, offset)
 
-# %% ../nbs/23_ndarray.ipynb #c031
+# %% ../nbs/23_ndarray.ipynb #c029
+def _basic(i): return i is None or i is ... or isinstance(i, (slice,Integral)) and not isinstance(i, bool)
+
+def _places_at(a, index):
+    "Where in the buffer the elements are that an index with arrays takes"
+    return np.asarray(_numpy_view(np.arange(len(a.buffer)), a)[tuple([np.asarray(i) if isinstance(i, NDArray) else i for i in index])])
+
+@patch
+def __getitem__(self:NDArray, index):
+    "Elements, in NumPy's grammar of indices: a view for integers and slices, a copy for arrays"
+    if not isinstance(index, tuple): index = (index,)
+    if all(map(_basic, index)): return self._slice(index)
+    at = _places_at(self, index)
+    return self._new(self.buffer[at.reshape(-1)], at.shape, row_major(at.shape), 0)
+
+# %% ../nbs/23_ndarray.ipynb #c033
 @patch
 def flip(self:NDArray,
     axis=None, # which, one or several; all of them if `None`
 )->NDArray:
     "Axes in reverse: a slice with step -1"
     axes = range(self.ndim) if axis is None else normalize_axis_tuple(axis, self.ndim)
-    return self._slice(tuple([slice(None, None, -1) if i in axes else slice(None) for i in range(self.ndim)]))
+    return self[tuple([slice(None, None, -1 if i in axes else 1) for i in range(self.ndim)])]
 
-# %% ../nbs/23_ndarray.ipynb #c035
+# %% ../nbs/23_ndarray.ipynb #c037
 @patch
 def diagonal(self:NDArray,
     offset:int=0, # above the main diagonal, or below if negative
@@ -167,14 +177,14 @@ def diagonal(self:NDArray,
     "The elements at (i, i+offset)"
     axes = normalize_axis_tuple((axis1,axis2), self.ndim)
     a = self.permute([k for k in range(self.ndim) if k not in axes] + [*axes])
-    a = a._slice((..., slice(max(-offset,0), None), slice(max(offset,0), None)))
+    a = a[..., max(-offset,0):, max(offset,0):]
     return a._view((*a.shape[:-2], min(a.shape[-2:])), (*a.strides[:-2], sum(a.strides[-2:])), a.offset)
 
-# %% ../nbs/23_ndarray.ipynb #c038
+# %% ../nbs/23_ndarray.ipynb #c040
 _quiet = np.errstate(all='ignore')
 
 class PythonKernels:
-    "Loops over flat memory, one number at a time: what every other make has to give"
+    "Loops over flat memory, one number at a time, over arrays of one shape; `out` is written to"
     @_quiet
     def copy(self, out, x):
         for o,i in zip(places(out), places(x)): out.buffer[o] = x.buffer[i].astype(out.dtype)
@@ -198,7 +208,7 @@ class PythonKernels:
 
 NDArray.kernels = PythonKernels()
 
-# %% ../nbs/23_ndarray.ipynb #c042
+# %% ../nbs/23_ndarray.ipynb #c044
 @patch
 def astype(self:NDArray,
     dtype, # NumPy's dtype
@@ -209,7 +219,7 @@ def astype(self:NDArray,
     self.kernels.copy(out, self)
     return out
 
-# %% ../nbs/23_ndarray.ipynb #c043
+# %% ../nbs/23_ndarray.ipynb #c045
 @patch
 def copy(self:NDArray)->NDArray:
     "The same numbers in memory of their own, row-major"
@@ -217,13 +227,13 @@ def copy(self:NDArray)->NDArray:
     self.kernels.copy(out, self)
     return out
 
-# %% ../nbs/23_ndarray.ipynb #c044
+# %% ../nbs/23_ndarray.ipynb #c046
 @patch
 def compact(self:NDArray)->NDArray:
     "The array itself if its buffer holds its elements in row-major order and nothing else, otherwise a copy"
     return self if len(self.buffer)==self.size and self.strides==row_major(self.shape) else self.copy()
 
-# %% ../nbs/23_ndarray.ipynb #c047
+# %% ../nbs/23_ndarray.ipynb #c049
 def _merge(shape, *strides):
     "Axes as (size, stride, stride, …); where one goes on as the next one does, in all operands, they are one axis"
     axes = []
@@ -243,7 +253,7 @@ def _restride(shape, strides, new):
         n,s = n//k,s*k
     return found[::-1]
 
-# %% ../nbs/23_ndarray.ipynb #c048
+# %% ../nbs/23_ndarray.ipynb #c050
 @patch
 def reshape(self:NDArray,
     *shape, # of the result, as a tuple or as several integers; one may be -1
@@ -255,7 +265,7 @@ def reshape(self:NDArray,
     strides = _restride(self.shape, self.strides, shape) if self.size else row_major(shape)
     return self.compact().reshape(shape) if strides is None else self._view(shape, strides, self.offset)
 
-# %% ../nbs/23_ndarray.ipynb #c052
+# %% ../nbs/23_ndarray.ipynb #c054
 def _share(a):
     "Buffer, shape, strides and offset over the memory of a NumPy array; `None` if it cannot be shared"
     k = a.itemsize
@@ -266,7 +276,7 @@ def _share(a):
     lowest = a[tuple([slice(None, None, -1 if r<0 else 1) for r in reach])]
     return as_strided(lowest, (sum(map(abs, reach))+1,), (k,)), a.shape, strides, -sum([min(r, 0) for r in reach])
 
-# %% ../nbs/23_ndarray.ipynb #c054
+# %% ../nbs/23_ndarray.ipynb #c056
 class _Space:
     "The namespace of our arrays, in names of the array API standard"
     def __init__(self, array): self.array,self.__name__ = array,array.__name__
@@ -284,7 +294,7 @@ def __array_namespace__(self:NDArray, api_version=None):
     "The functions of these arrays"
     return self.space
 
-# %% ../nbs/23_ndarray.ipynb #c055
+# %% ../nbs/23_ndarray.ipynb #c057
 @patch
 def asarray(self:_Space,
     x,           # array, number, or nested lists of numbers
@@ -303,7 +313,7 @@ def asarray(self:_Space,
     if copy is False and shared is None: raise ValueError(f'asarray: memory of {a.shape} {a.dtype} that is read-only, or whose strides are no multiple of an element, cannot be shared')
     return self.array(np.array(a, a.dtype.newbyteorder('='), order='C')) if shared is None else self.array(*shared)
 
-# %% ../nbs/23_ndarray.ipynb #c056
+# %% ../nbs/23_ndarray.ipynb #c058
 @patch
 def from_dlpack(self:_Space, x):
     "An array over the memory of another library's"
@@ -319,7 +329,7 @@ def __dlpack_device__(self:NDArray):
     "The processor's memory"
     return self.buffer.__dlpack_device__()
 
-# %% ../nbs/23_ndarray.ipynb #c061
+# %% ../nbs/23_ndarray.ipynb #c063
 def _operands(cls, ufunc, inputs):
     "Inputs as arrays of the dtypes that NumPy's function works with, in one shape; that shape; the dtype of the result"
     if any([isinstance(x, NDArray) and type(x) is not cls for x in inputs]): raise TypeError(f"{ufunc.__name__}: {' and '.join(type(x).__name__ for x in inputs)}; convert one of them, with asarray")
@@ -344,7 +354,7 @@ def _apart(x, out):
     same = x.buffer is out.buffer and (x.shape,x.strides,x.offset)==(out.shape,out.strides,out.offset)
     return x if same or not np.may_share_memory(x.buffer, out.buffer) else x.copy()
 
-# %% ../nbs/23_ndarray.ipynb #c062
+# %% ../nbs/23_ndarray.ipynb #c064
 @patch
 def __array_ufunc__(self:NDArray, ufunc, method, *inputs, out=None, casting='same_kind', **kwargs):
     "Python's operators and NumPy's functions of numbers end here"
@@ -367,33 +377,18 @@ def __array_ufunc__(self:NDArray, ufunc, method, *inputs, out=None, casting='sam
     (y.kernels.map if len(xs)==1 else y.kernels.zip)(ufunc, y, *xs)
     return y if out is None else out[0]
 
-# %% ../nbs/23_ndarray.ipynb #c067
-def _basic(i): return i is None or i is ... or isinstance(i, (slice,Integral)) and not isinstance(i, bool)
-
-@patch
-def __getitem__(self:NDArray, index):
-    "Elements, in NumPy's grammar of indices: a view for integers and slices, a copy for arrays"
-    if not isinstance(index, tuple): index = (index,)
-    if all(map(_basic, index)): return self._slice(index)
-    at = self._places(index)
-    return self._new(self.buffer[at.reshape(-1)], at.shape, row_major(at.shape), 0)
-
+# %% ../nbs/23_ndarray.ipynb #c069
 @patch
 def __setitem__(self:NDArray, index, value):
     "Write into the buffer; the value is broadcast"
     if not isinstance(index, tuple): index = (index,)
-    if not all(map(_basic, index)): self.buffer[self._places(index)] = value; return
+    if not all(map(_basic, index)): self.buffer[_places_at(self, index)] = value; return
     to,x = self._slice(index),self.space.asarray(value)
-    while x.ndim>to.ndim and x.shape[0]==1: x = x._slice((0,))
+    while x.ndim>to.ndim and x.shape[0]==1: x = x[0]
     _writable(to, to.shape, 'setitem')
     to.kernels.copy(to, _apart(x.broadcast_to(to.shape), to))
 
-@patch
-def _places(self:NDArray, index):
-    "Where in the buffer the elements are that an index with arrays takes"
-    return np.asarray(_numpy_view(np.arange(len(self.buffer)), self)[tuple([np.asarray(i) if isinstance(i, NDArray) else i for i in index])])
-
-# %% ../nbs/23_ndarray.ipynb #c072
+# %% ../nbs/23_ndarray.ipynb #c074
 def _reduce(f, x, axis=None, keepdims=False):
     "`f` of all numbers along axes, where `f` has a neutral element, or does not mind a number that comes twice"
     axes = normalize_axis_tuple(range(x.ndim) if axis is None else axis, x.ndim)
@@ -401,13 +396,13 @@ def _reduce(f, x, axis=None, keepdims=False):
     dtype = f.reduce(np.ones(1, x.dtype)).dtype
     y = x._empty(kept, np.float64 if f is np.add and dtype.kind=='f' else dtype)
     if f.identity is not None: y.buffer.fill(f.identity)
-    elif x.size: y[...] = x._slice(tuple([slice(0, 1) if i in axes else slice(None) for i in range(x.ndim)]))
+    elif x.size: y[...] = x[tuple([slice(1) if i in axes else slice(None) for i in range(x.ndim)])]
     elif y.size: raise ValueError(f'{f.__name__}: no numbers along axes {axes} of shape {x.shape}, and no number is the {f.__name__} of none')
     x.kernels.reduce(f, y.broadcast_to(x.shape), x)
     y = y.astype(dtype)
     return y if keepdims else x.space.squeeze(y, axes)
 
-# %% ../nbs/23_ndarray.ipynb #c073
+# %% ../nbs/23_ndarray.ipynb #c075
 for _name,_f in dict(sum=np.add, prod=np.multiply, max=np.maximum, min=np.minimum, all=np.logical_and, any=np.logical_or).items():
     setattr(_Space, _name, lambda self, x, axis=None, keepdims=False, f=_f: _reduce(f, self.asarray(x), axis, keepdims))
 
@@ -415,22 +410,21 @@ for _name,_f in dict(sum=np.add, prod=np.multiply, max=np.maximum, min=np.minimu
 def mean(self:_Space, x, axis=None, keepdims=False):
     "Mean over axes"
     total = self.sum(x, axis, keepdims)
-    return total/(x.size/total.size if total.size else 1)
+    return total/(x.size/max(total.size, 1))
 
 @patch
 def var(self:_Space, x, axis=None, correction=0, keepdims=False):
     "Variance over axes"
     d = x - self.mean(x, axis, True)
-    m = self.mean(d*d, axis, keepdims)
-    n = x.size/m.size if m.size else 1
-    return m*(n/(n-correction))
+    y = self.sum(d*d, axis, keepdims)
+    return y/max(x.size/max(y.size, 1) - correction, 0)
 
 @patch
 def std(self:_Space, x, axis=None, correction=0, keepdims=False):
     "Standard deviation over axes"
     return np.sqrt(self.var(x, axis, correction, keepdims))
 
-# %% ../nbs/23_ndarray.ipynb #c075
+# %% ../nbs/23_ndarray.ipynb #c077
 @patch
 def permute_dims(self:_Space, x, axes=None):
     "The axes in another order, in reverse if none is given"
@@ -492,7 +486,7 @@ def roll(self:_Space, x, shift, axis=None):
         x = self.concat([last, first], i)
     return x
 
-# %% ../nbs/23_ndarray.ipynb #c076
+# %% ../nbs/23_ndarray.ipynb #c078
 @patch
 def empty(self:_Space, shape, dtype=None, device=None):
     "An array of whatever was there"
@@ -523,7 +517,7 @@ for _name,_value in (('zeros',0), ('ones',1)):
 _Space.empty_like = lambda self, x, dtype=None, device=None: self.empty(x.shape, dtype or x.dtype)
 _Space.full_like = lambda self, x, value, dtype=None, device=None: self.full(x.shape, value, dtype or x.dtype)
 
-# %% ../nbs/23_ndarray.ipynb #c077
+# %% ../nbs/23_ndarray.ipynb #c079
 @patch
 def where(self:_Space, c, x, y):
     "`x` where `c` holds, else `y`"
@@ -534,6 +528,7 @@ def where(self:_Space, c, x, y):
     out.kernels.where(out, *[a.broadcast_to(out.shape) for a in xs])
     return out
 
+# %% ../nbs/23_ndarray.ipynb #c080
 @patch
 def matmul(self:_Space, a, b):
     "Product over the last two axes; the axes before them broadcast"
@@ -547,7 +542,7 @@ def matmul(self:_Space, a, b):
     out.kernels.matmul(out, *[t.astype(out.dtype).broadcast_to(batch + t.shape[-2:]) for t in (x,y)])
     return self.squeeze(out, (-2,)*(a.ndim==1) + (-1,)*(b.ndim==1))
 
-# %% ../nbs/23_ndarray.ipynb #c079
+# %% ../nbs/23_ndarray.ipynb #c082
 def _first(self, x, y, axis, keepdims):
     "The first place along an axis where `x` is `y`, or both are not numbers"
     if axis is None: return _first(self, x.reshape(-1), y.reshape(-1), 0, keepdims).reshape((1,)*(x.ndim*keepdims))
@@ -572,7 +567,7 @@ def _triangle(compare):
     return f
 _Space.tril,_Space.triu = _triangle(np.less_equal),_triangle(np.greater_equal)
 
-# %% ../nbs/23_ndarray.ipynb #c080
+# %% ../nbs/23_ndarray.ipynb #c083
 _Space.vecdot = lambda self, x, y, axis=-1: self.sum(x*y, axis)
 _Space.round = lambda self, x: x if x.dtype.kind in 'iub' else np.rint(x)
 
@@ -601,7 +596,7 @@ def isclose(self:_Space, a, b, rtol=1e-5, atol=1e-8, equal_nan=False):
     near = (abs(a-b) <= atol + rtol*abs(b)) & np.isfinite(b) | (a==b)
     return near | (a!=a) & (b!=b) if equal_nan else near
 
-# %% ../nbs/23_ndarray.ipynb #c082
+# %% ../nbs/23_ndarray.ipynb #c085
 _borrowed = (np.sort, np.argsort, np.partition, np.argpartition, np.split)
 _lapack = (np.linalg.inv, np.linalg.solve, np.linalg.det, np.linalg.slogdet, np.linalg.cholesky, np.linalg.svd)
 
@@ -620,7 +615,7 @@ class _Linalg:
 for _f in _lapack: setattr(_Linalg, _f.__name__, _borrow(_f))
 _Space.linalg = property(_Linalg)
 
-# %% ../nbs/23_ndarray.ipynb #c084
+# %% ../nbs/23_ndarray.ipynb #c087
 def _method(name): return lambda self, *args, **kwargs: getattr(self.space, name)(self, *args, **kwargs)
 for _name in 'sum prod max min mean var std all any argmax argmin swapaxes squeeze take'.split(): setattr(NDArray, _name, _method(_name))
 for _name in 'reshape broadcast_to flip diagonal astype'.split(): setattr(_Space, _name, lambda self, x, *args, f=getattr(NDArray, _name), **kwargs: f(self.asarray(x), *args, **kwargs))
@@ -635,7 +630,7 @@ def __array_function__(self:NDArray, func, types, args, kwargs):
     f = getattr(self.space, dict(transpose='permute_dims', concatenate='concat').get(name, name), None)
     return NotImplemented if f is None else f(*args, **kwargs)
 
-# %% ../nbs/23_ndarray.ipynb #c085
+# %% ../nbs/23_ndarray.ipynb #c088
 @patch
 def item(self:NDArray):
     "The only element, as a number of Python"
@@ -664,7 +659,7 @@ def __reduce__(self:NDArray):
     "Pickled and copied by value, without the rest of the buffer"
     return type(self),(np.ascontiguousarray(self.numpy()), self.shape)
 
-# %% ../nbs/23_ndarray.ipynb #c089
+# %% ../nbs/23_ndarray.ipynb #c092
 _at = np.uintp # an index that cannot be negative, for which no test is compiled
 
 def _copy_loop():
@@ -706,7 +701,7 @@ def _reduce_loop(f):
                 out[a] = v
     return loop
 
-# %% ../nbs/23_ndarray.ipynb #c091
+# %% ../nbs/23_ndarray.ipynb #c094
 def _matmul_loop():
     def loop(n, m, k, w, out, o, so, x, i, si, y, j, sj): # n products of (m, k) and (k, w)
         for h in range(n):
@@ -728,14 +723,14 @@ def _matmul_loop():
                             for t in range(c1): z[t] += x0*y0[t]
     return loop
 
-# %% ../nbs/23_ndarray.ipynb #c092
+# %% ../nbs/23_ndarray.ipynb #c095
 class NumbaKernels(PythonKernels):
     "The same loops, compiled"
     def __init__(self):
         try: import numba
         except ImportError as e: raise ImportError(f"ndarray_device('numba'): {e}; pip install 'minima-dl[numba]'") from e
         self.numba,self.threads = numba,numba.config.NUMBA_NUM_THREADS
-        self.loops,self.pool = {},(None,None)
+        self.loops,self.pool = {},{} # loops by their functions; threads by the process that they belong to
     def loop(self, make, *f):
         "The compiled loop for a function"
         if (make,f) not in self.loops:
@@ -748,9 +743,11 @@ class NumbaKernels(PythonKernels):
         "`job(start, stop)` for parts of `range(n)`, on several threads if there is work for them"
         parts = min(self.threads, n, work>>18)
         if parts<2: return job(0, n)
-        if self.pool[0]!=os.getpid(): self.pool = os.getpid(),ThreadPoolExecutor(self.threads) # threads do not survive a fork
+        if os.getpid() not in self.pool: # they do not survive a fork
+            from concurrent.futures import ThreadPoolExecutor # slow to import, and only this needs it
+            self.pool = {os.getpid(): ThreadPoolExecutor(self.threads)}
         cuts = [n*p//parts for p in range(parts+1)]
-        others = [self.pool[1].submit(job, *cut) for cut in zip(cuts[1:-1], cuts[2:])]
+        others = [self.pool[os.getpid()].submit(job, *cut) for cut in zip(cuts[1:-1], cuts[2:])]
         job(*cuts[:2])
         for o in others: o.result()
     def launch(self, loop, *arrays, order=None):
@@ -791,7 +788,7 @@ def _rows(at, axes):
     for n,s in axes: at = (at[:,None] + np.arange(n)*s).reshape(-1)
     return at
 
-# %% ../nbs/23_ndarray.ipynb #c094
+# %% ../nbs/23_ndarray.ipynb #c097
 class NumbaArray(NDArray):
     "An `NDArray` with compiled loops"
     __slots__ = ()
@@ -800,7 +797,7 @@ NumbaArray.space = _Space(NumbaArray)
 class _NDDevice(Device):
     def __repr__(self): return f'ndarray_device({self.name!r})'
 
-# %% ../nbs/23_ndarray.ipynb #c095
+# %% ../nbs/23_ndarray.ipynb #c098
 _devices = {}
 def ndarray_device(
     kernels:str=None, # 'python', loops to be read; 'numba', compiled ones, which need Numba; if `None`, 'numba' where it is installed
