@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 import numpy as np
 from .autograd import Op, RECORD, LAZY, Tensor, UnaryOp, mode, using
-from .device import xp
+from .device import device_of, xp
 
 # %% ../nbs/04_testing.ipynb #c006
 def tdist(
@@ -85,18 +85,18 @@ class Checked:
     def worst(self, **kw): vars(self).update({k:max(getattr(self,k) or 0., v) for k,v in kw.items() if v is not None})
 
 # %% ../nbs/04_testing.ipynb #c014
-def _derivatives(f, arrays, v, us):
+def _derivatives(f, arrays, v, us, device=None):
     "Value, gradients and gradients of the gradients of `f`, in minima"
     xs = [Tensor(a) for a in arrays]
-    for x,a in zip(xs, arrays): x.cached_data = a # the very array, strides and all
+    for x,a in zip(xs, arrays): x.cached_data = a if device is None else device.xp.asarray(a) # the very array, strides and all
     y = f(*xs)
     if not y.requires_grad: return y,None,None
-    v,leaves = Tensor(v(y)),[x for x in xs if x.requires_grad]
+    v,leaves = Tensor(v(y), device=device),[x for x in xs if x.requires_grad]
     y.backward(v, create_graph=True)
     grads = [x.grad for x in leaves]
     for x in (*leaves,v): x.grad = None
     for g,u in zip(grads, us):
-        if g is not None and g.requires_grad: g.backward(u, retain_graph=True)
+        if g is not None and g.requires_grad: g.backward(Tensor(u, device=device, requires_grad=False), retain_graph=True)
     return y, grads, [x.grad for x in (*leaves,v)]
 
 # %% ../nbs/04_testing.ipynb #c015
@@ -132,6 +132,7 @@ def check_op(
     order=2,             # 1: leave out the gradient of the gradient
     torch=True,          # False: finite differences alone
     tol=1.,              # factor on the tolerances
+    device=None,         # where minima computes; on NumPy's arrays if `None`
 ) -> Checked:            # the greatest differences in float64
     "Compare value, gradient and gradient of the gradient of `f` with torch and with finite differences"
     if torch: torch = _import_torch()
@@ -145,8 +146,10 @@ def check_op(
         theirs = torch and _torch_derivatives(torch, ref or f, arrays, v, us_, order)
         for name,level,layout in (('eager',0,np.asarray), ('eager, strided inputs',0,_strided), ('lazy',LAZY,np.asarray)):
             where = f' ({dtype}, {name})'
-            with using(on=level|RECORD, off=LAZY&~level): ours = _derivatives(f, [layout(a) for a in arrays], v, us_)
+            with using(on=level|RECORD, off=LAZY&~level): ours = _derivatives(f, [layout(a) for a in arrays], v, us_, device)
             y,grads,grads2 = ours
+            for what,t in (('value',y), *((f'gradient of input {k}',g) for k,g in enumerate(grads or ()) if g is not None)):
+                if device not in (None, device_of(t.realize_cached_data())): raise AssertionError(f'{what}{where}: on {t.device}, wanted {device}')
             if theirs:
                 if str(theirs[0].dtype)!=f'torch.{y.dtype}': raise AssertionError(f'dtype{where}: {y.dtype} from minima, {theirs[0].dtype} from torch')
                 if (grads is None) != (theirs[1] is None): raise AssertionError(f'requires_grad{where}: {grads is not None} in minima, {theirs[1] is not None} in torch')
@@ -164,16 +167,16 @@ def check_op(
                     errors[key] = max(errors.get(key,0), _compare(g, h, 256*eps, what, 'torch'))
             if dtype=='float64':
                 worst.worst(**errors)
-                if level==0 and grads is not None: worst.worst(**_directional(f, arrays, v, us_, ds, ours, order, tol))
+                if level==0 and grads is not None: worst.worst(**_directional(f, arrays, v, us_, ds, ours, order, tol, device))
     return worst
 
 # %% ../nbs/04_testing.ipynb #c017
-def _directional(f, arrays, v, us, ds, ours, order, tol, h=1e-5):
+def _directional(f, arrays, v, us, ds, ours, order, tol, device=None, h=1e-5):
     "Both derivatives along one direction, beside central differences"
     def at(t):
         d = iter(ds)
         moved = [a + t*next(d) if a.dtype.kind=='f' else a for a in arrays]
-        y,grads,_ = _derivatives(f, moved, v, us)
+        y,grads,_ = _derivatives(f, moved, v, us, device)
         return (y.numpy()*v(y)).sum(), sum((g.numpy()*u).sum() for g,u in zip(grads, us) if g is not None)
     if not all(a.size for a in ds): return {}
     (y1,g1),(y0,g0) = at(h),at(-h)
