@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['meta', 'Device', 'cpu', 'all_devices', 'add_device', 'device_of', 'xp', 'keep_memory', 'set_num_threads',
-           'get_num_threads', 'Meta']
+           'get_num_threads', 'Meta', 'dtype_of']
 
 # %% ../nbs/02_device.ipynb #c003
 from dataclasses import dataclass
@@ -145,6 +145,13 @@ class Meta:
     __array_ufunc__ = None # NumPy's operators leave the answer to ours
 
 # %% ../nbs/02_device.ipynb #c028
+def dtype_of(
+    a, # array of any library
+) -> np.dtype:
+    "NumPy's dtype of the elements, whose `kind` and `itemsize` can be asked"
+    return a.dtype if isinstance(a.dtype, np.dtype) else Meta((), a.dtype).dtype
+
+# %% ../nbs/02_device.ipynb #c029
 def _dummy(a): return np.broadcast_to(np.zeros((), a.dtype), a.shape) if isinstance(a, Meta) else a
 def _view(f, a, *args, **kwargs):
     y = f(_dummy(a), *args, **kwargs)
@@ -184,7 +191,7 @@ def _matmul(a, b):
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return Meta(batch + (m,)*(a.ndim>1) + (n,)*(b.ndim>1), np.result_type(a.dtype, b.dtype))
 
-# %% ../nbs/02_device.ipynb #c029
+# %% ../nbs/02_device.ipynb #c030
 class _MetaSpace:
     "The namespace of `Meta` arrays: NumPy's functions, sorted into families by what they do to a shape"
     reductions = 'sum prod max min mean var std any all argmax argmin'.split()
