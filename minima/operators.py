@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import builtins, warnings # max, any and all are operators here
 import numpy as np
 from .autograd import MakeTensorTuple, Op, Tensor, TensorOp, TensorTuple, FusedAddScalars, TupleGetItem, UnaryOp, fused_add_scalars, make_tuple, no_grad, tuple_get_item
+from .device import xp
 from .ops.shape import *
 from .ops.elementwise import *
 from .ops.reduce import *
@@ -148,7 +149,7 @@ ledger += [ # shape
     Case('repeat_interleave', 'repeat_interleave(a, n, axis)', lambda a: a.repeat_interleave(2, -1), _square),
     Case('narrow',     'narrow(a, axis, start, n)', lambda a: a.narrow(0,0,0), _square),
     Case('chunk',      'chunk(a, n, axis)',  lambda a: a.chunk(2, -1)[0] * 1, (((2,4),), ((3,3),), ((0,4),))),
-    Case('unbind',     'unbind(a, axis)',    lambda a: a.unbind(-1)[1] * 1, (((2,3),), ((3,3),), ((0,2),))),
+    Case(Unbind,       'unbind(a, axis)',    lambda a: a.unbind(-1)[1] * 1, (((2,3),), ((3,3),), ((0,2),), ((1,2),))),
     Case('pad',        "pad(a, widths, 'reflect')", lambda a: pad(a, (2,1), 'reflect'), (((2,4),), ((3,3),), ((2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.pad(a, (2,1), 'reflect')),
     Case('dilate',     'dilate(a, axes, n)', lambda a: a.dilate(-1, 1), (((2,3),), ((3,3),), ((0,2),), ((1,),)), ref=lambda torch: lambda a: torch.stack((a, torch.zeros_like(a)), -1).flatten(-2)),
     Case('undilate',   'undilate(a, axes, n)', lambda a: a.undilate(-1, 1), (((2,3),), ((3,4),), ((0,2),), ((1,),)), ref=lambda torch: lambda a: a[...,::2]),
@@ -192,7 +193,7 @@ ledger += [ # reductions
 ]
 
 # %% ../nbs/19_operators.ipynb #c010
-def _eye(a): return np.eye(a.shape[-1], dtype=a.dtype)
+def _eye(a): return Tensor.make_const(xp(a.cached_data).eye(a.shape[-1], dtype=a.cached_data.dtype))
 def _det_hessian_torch(torch, x, g):
     c = x.inverse().mT
     return x.det()[...,None,None]*((c*g).sum((-2,-1), keepdim=True)*c - c@g.mT@c)
@@ -207,8 +208,7 @@ ledger += [ # products
     Case('bmm',          'bmm(a, b)',             lambda a,b: a.bmm(b), (((2,3,4),(2,4,5)), ((3,3,3),(3,3,3)), ((1,2,3),(1,3,1)), ((0,2,3),(0,3,4)))),
     Case('kron',         'kron(a, b)',            lambda a,b: a.kron(b), (((2,3),(4,5)), ((3,3),(3,3)), ((3,),(2,2)), ((2,1,3),(4,2)), ((),(2,)), ((0,2),(3,1)))),
     Case('trace',        'trace(a)',              lambda a: a.trace(), (((3,3),), ((2,3),), ((3,2),), ((1,1),), ((0,0),))),
-    Case(EinsumDiagonal, "einsum('ii->i', a)",    lambda a: einsum('...ii->...i', a), (((3,3),), ((3,3,3),), ((1,1),), ((0,0),)), ref=lambda torch: lambda a: torch.einsum('...ii->...i', a)),
-    Case(EinsumEmbed,    "einsum('ii->i', a), backward", lambda a: EinsumEmbed((a.shape[-1],)*2)(a), (((3,),), ((2,3),), ((3,3),), ((1,),), ((0,),)), ref=lambda torch: torch.diag_embed),
+    Case('einsum',       "einsum('ii->i', a)",    lambda a: einsum('...ii->...i', a), (((3,3),), ((3,3,3),), ((1,1),), ((0,0),)), ref=lambda torch: lambda a: torch.einsum('...ii->...i', a)),
     Case('einsum',       "einsum('...ij,...jk->...ik', a, b)", lambda a,b: einsum('...ij,...jk->...ik', a, b), (((2,3),(3,4)), ((3,3),(3,3)), ((5,2,3),(3,4)), ((2,1,3,3),(4,3,3)), ((0,3),(3,2)), ((2,0),(0,3)), ((1,1),(1,1))), ref=lambda torch: lambda a,b: torch.einsum('...ij,...jk->...ik', a, b)),
     Case('einsum',       "einsum('bi,ij,bj->b', a, b, c)", lambda a,b,c: einsum('bi,ij,bj->b', a, b, c), (((5,3),(3,4),(5,4)), ((3,3),(3,3),(3,3)), ((1,1),(1,1),(1,1)), ((0,3),(3,4),(0,4))), ref=lambda torch: lambda a,b,c: torch.einsum('bi,ij,bj->b', a, b, c)),
     Case(Inverse,        'inverse(a)',            lambda a: (a@a.transpose(-1,-2) + 4*_eye(a)).inverse(), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),)), ref=lambda torch: lambda a: (a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype)).inverse()),
