@@ -222,19 +222,21 @@ ledger += [ # products
 
 # %% ../nbs/19_operators.ipynb #c011
 ledger += [ # indices and tuples
-    Case(GetItem,      'a[index]',           lambda a: a[_index,1:], (((3,3),), ((4,2,2),))),
+    Case(GetItem,      'a[index]',           lambda a: a[_index,1:], (((3,3),), ((4,2,2),), ((3,1),), ((3,2,0),))),
+    Case(GetItem,      'a[..., ::2]',        lambda a: a[...,-3::2], (((3,),), ((2,4),), ((3,3),), ((1,1),), ((0,3),))),
+    Case(GetItem,      'a[..., mask]',       lambda a: a[...,np.array([True,False,True])], (((3,),), ((3,3),), ((2,1,3),), ((0,3),))),
     Case(PutItem,      'a[index], backward', lambda a: PutItem((_index,), (3,))(a), (((2,2),),), ref=lambda torch: lambda a: torch.zeros(3, dtype=a.dtype).index_put((torch.tensor(_index),), a, accumulate=True)),
-    Case(SetItem,      'index_put(x, index, v)', lambda x,v: index_put(x, (slice(None),1), v), (((3,4),(3,)), ((3,3),()), ((2,2,3),(3,)), ((0,2),(0,))), ref=lambda torch: lambda x,v: x.index_put((torch.arange(len(x)),torch.tensor(1)), v)),
-    Case('index_put',  'index_put(x, index, v, True)', lambda x,v: index_put(x, _index, v, True), (((3,3),(2,2,3)), ((3,),(2,2)), ((3,2),())), ref=lambda torch: lambda x,v: x.index_put((torch.tensor(_index),), v, accumulate=True)),
-    Case('gather',     'gather(x, axis, places)', lambda x: x.gather(0, _index), (((3,2),), ((3,3),)), ref=lambda torch: lambda x: x.gather(0, torch.tensor(_index))),
+    Case(SetItem,      'index_put(x, index, v)', lambda x,v: index_put(x, (slice(None),1), v), (((3,4),(3,)), ((3,3),()), ((2,2,3),(3,)), ((0,2),(0,)), ((1,2),(1,))), ref=lambda torch: lambda x,v: x.index_put((torch.arange(len(x)),torch.tensor(1)), v)),
+    Case('index_put',  'index_put(x, index, v, True)', lambda x,v: index_put(x, _index, v, True), (((3,3),(2,2,3)), ((3,),(2,2)), ((3,2),()), ((3,1),(1,)), ((3,0),(0,))), ref=lambda torch: lambda x,v: x.index_put((torch.tensor(_index),), v, accumulate=True)),
+    Case('gather',     'gather(x, axis, places)', lambda x: x.gather(-2, _index), (((3,2),), ((3,3),), ((4,5),)), ref=lambda torch: lambda x: x.gather(-2, torch.tensor(_index))),
     Case('scatter',    'scatter(x, axis, places, v)', lambda x,v: x.scatter(-1, [[2,0],[0,1]], v), (((2,3),(2,2)), ((3,3),(2,2))), ref=lambda torch: lambda x,v: x.scatter(-1, torch.tensor([[2,0],[0,1]]), v)),
-    Case('scatter_add','scatter_add(x, axis, places, v)', lambda x,v: x.scatter_add(0, _index, v), (((3,2),(2,2)), ((3,3),(2,2))), ref=lambda torch: lambda x,v: x.scatter_add(0, torch.tensor(_index), v)),
-    Case('take',       'take(x, places)',    lambda x: x.take(_index), (((3,),), ((2,3),)), ref=lambda torch: lambda x: x.take(torch.tensor(_index))),
-    Case('index_select','index_select(x, axis, places)', lambda x: x.index_select(-1, [1,0,1]), (((2,),), ((3,3),), ((0,2),)), ref=lambda torch: lambda x: x.index_select(-1, torch.tensor([1,0,1]))),
-    Case('masked_select','masked_select(x, mask)', lambda x: x.masked_select(np.eye(3)>0), (((3,3),), ((3,1),), ((2,3,3),)), ref=lambda torch: lambda x: x.masked_select(torch.eye(3)>0)),
-    Case('embedding',  'embedding(ids, W)',  lambda W: embedding(_index, W), (((3,2),), ((3,3),), ((4,1),)), ref=lambda torch: lambda W: torch.nn.functional.embedding(torch.tensor(_index), W)),
-    Case(MakeTensorTuple, 'make_tuple(a, b)', lambda a,b: make_tuple(a, b)[0] * b, (((2,3),(2,3)),), ref=lambda torch: lambda a,b: a*b),
-    Case(TupleGetItem, 't[0]',               lambda a,b: TupleGetItem(0)(make_tuple(a*1, b)) * b, (((2,3),(2,3)),), ref=lambda torch: lambda a,b: a*b),
+    Case('scatter_add','scatter_add(x, axis, places, v)', lambda x,v: x.scatter_add(-2, _index, v), (((3,2),(2,2)), ((3,3),(2,2))), ref=lambda torch: lambda x,v: x.scatter_add(-2, torch.tensor(_index), v)),
+    Case('take',       'take(x, places)',    lambda x: x.take(_index), (((3,),), ((2,3),), ((3,3),), ((3,1),)), ref=lambda torch: lambda x: x.take(torch.tensor(_index))),
+    Case('index_select','index_select(x, axis, places)', lambda x: x.index_select(-1, [1,0,1]), (((2,),), ((3,3),), ((0,2),), ((1,2),)), ref=lambda torch: lambda x: x.index_select(-1, torch.tensor([1,0,1]))),
+    Case('masked_select','masked_select(x, mask)', lambda x: x.masked_select(np.eye(3)>0), (((3,3),), ((3,1),), ((2,3,3),), ((),), ((0,3,3),)), ref=lambda torch: lambda x: x.masked_select(torch.eye(3)>0)),
+    Case('embedding',  'embedding(ids, W)',  lambda W: embedding(_index, W), (((3,2),), ((3,3),), ((4,1),), ((3,0),)), ref=lambda torch: lambda W: torch.nn.functional.embedding(torch.tensor(_index), W)),
+    Case(MakeTensorTuple, 'make_tuple(a, b)', lambda a,b: make_tuple(a, b)[0] * b, (((2,3),(2,3)), ((),()), ((0,3),(3,)), ((3,3),(3,1))), ref=lambda torch: lambda a,b: a*b),
+    Case(TupleGetItem, 't[0]',               lambda a,b: TupleGetItem(0)(make_tuple(a*1, b)) * b, (((2,3),(2,3)), ((),()), ((0,3),(3,)), ((3,3),(3,1))), ref=lambda torch: lambda a,b: a*b),
     Case(FusedAddScalars, 'fused_add_scalars(t, 2, 3)', lambda a,b: fused_add_scalars(make_tuple(a, b), 2., 3.)[1] * a, (((2,3),(2,3)), ((),()), ((0,3),(0,3))), ref=lambda torch: lambda a,b: (b+3)*a),
 ]
 
@@ -329,21 +331,31 @@ def special_values(
     case:Case, # a row of the ledger
     torch,     # the module
 ) -> str:      # a mark
-    "Zeros, infinities and NaN beside torch: value and gradient"
-    ref = case.ref(torch) if case.ref else case.f
+    "Zeros, infinities and NaN, one among other numbers and many at once, beside torch: value and gradient"
+    ref,special = case.ref(torch) if case.ref else case.f,[0., -0., np.inf, -np.inf, np.nan]
     shapes = builtins.max(case.shapes, key=lambda ss: builtins.sum(int(np.prod(s)) for s in ss if not isinstance(s, np.ndarray)))
-    rng = np.random.default_rng(0)
-    for trial in range(4):
-        arrays = [a if isinstance(s, np.ndarray) else rng.choice([0., -0., 1., -1.5, np.inf, -np.inf, np.nan], a.shape).astype(np.float64) for a,s in zip(_floats(shapes, case), shapes)]
-        xs,ts = [Tensor(a) for a in arrays],[torch.tensor(a, requires_grad=a.dtype.kind=='f') for a in arrays]
-        with np.errstate(all='ignore'):
-            y,t = case.f(*xs),ref(*ts)
-            _compare(y.numpy(), t.detach().numpy(), 1e-12, 'value', 'torch')
-            if not y.requires_grad: continue
-            y.backward(np.ones(y.shape)); t.backward(torch.ones_like(t))
-        for k,(x,u) in enumerate(zip(xs, ts)):
-            if x.grad is not None and u.grad is not None: _compare(x.grad.numpy(), u.grad.numpy(), 1e-12, f'gradient of input {k}', 'torch')
+    free,rng = [k for k,s in enumerate(shapes) if not isinstance(s, np.ndarray)],np.random.default_rng(0)
+    for value,k in [(None, None)]*4 + [(v, k) for v in special for k in free]:
+        arrays = _floats(shapes, case, rng.integers(1000))
+        if value is not None: arrays[k].flat[rng.integers(arrays[k].size)] = value
+        else: arrays = [rng.choice([*special, 1., -1.5], a.shape) if k in free else a for k,a in enumerate(arrays)]
+        with np.errstate(all='ignore'): _same_outcome(case.f, ref, torch, arrays)
     return '✓'
+
+def _same_outcome(f, ref, torch, arrays):
+    "Equal values and gradients, or an error in both libraries"
+    xs,ts = [Tensor(a) for a in arrays],[torch.tensor(a, requires_grad=a.dtype.kind=='f') for a in arrays]
+    try: t = ref(*ts)
+    except Exception as e:
+        try: y = f(*xs)
+        except Exception: return
+        raise AssertionError(f'{y.numpy()} from minima, an error from torch') from e
+    y = f(*xs)
+    _compare(y.numpy(), t.detach().numpy(), 1e-12, 'value', 'torch')
+    if not y.requires_grad: return
+    y.backward(np.ones(y.shape)); t.backward(torch.ones_like(t))
+    for k,(x,u) in enumerate(zip(xs, ts)):
+        if x.grad is not None and u.grad is not None: _compare(x.grad.numpy(), u.grad.numpy(), 1e-12, f'gradient of input {k}', 'torch')
 
 # %% ../nbs/19_operators.ipynb #c020
 def elsewhere(

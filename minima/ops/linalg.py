@@ -371,7 +371,7 @@ class DetHessian(TensorOp):
     def compute(self, x, g):
         u,s,v,sign = _svd(x)
         n,eye = s.shape[-1],xp(x).eye(s.shape[-1], dtype=x.dtype)
-        p = xp(x).stack([_product_without(xp(x).where(eye[i]==1, 1, s)) for i in range(n)], axis=-2)*(1-eye) if n else x
+        p = xp(x).stack([_product_without(xp(x).where(eye[i,:]==1, 1, s)) for i in range(n)], axis=-2)*(1-eye) if n else x
         m = _t(u) @ g @ _t(v)
         return sign[...,None] * (u @ ((p @ xp(x).linalg.diagonal(m)[...,None])*eye - p*_t(m)) @ v)
     def meta(self, x, g): return x
@@ -432,9 +432,10 @@ Tensor.slogdet = slogdet
 class Cholesky(UnaryOp):
     r"Lower triangular $L$ with $LL^\top = A$"
     def compute(self, a):
-        l = xp(a).linalg.cholesky(a)
-        if xp(a).any(xp(a).isnan(xp(a).linalg.diagonal(l))): raise np.linalg.LinAlgError('Matrix is not positive definite') # some LAPACKs let NaN pass
-        return l
+        if not xp(a).all(xp(a).isfinite(a)): # LAPACK may let it pass
+            below,on = xp(a).tril(a, k=-1),xp(a).linalg.diagonal(a)
+            if xp(a).any(xp(a).isnan(on)) or not xp(a).all(xp(a).isfinite(below)): raise np.linalg.LinAlgError('Matrix is not positive definite')
+        return xp(a).linalg.cholesky(a)
     def meta(self, a): return a
     def gradient(self, out_grad, node):
         t = transpose(node)

@@ -548,7 +548,7 @@ class PutDiagonal(UnaryOp):
         order = _last(self.axes, len(self.shape))
         *rest,m,n = [self.shape[i] for i in order]
         y,start = xp(x).zeros((*rest, m*n), dtype=x.dtype),self.offset if self.offset>0 else -self.offset*n
-        y[...,start:start+(n+1)*x.shape[-1]:n+1] = x # from a row to the next, and one place on
+        if l := x.shape[-1]: y[...,start:start+(n+1)*(l-1)+1:n+1] = x # from a row to the next, and one place on
         return xp(x).permute_dims(xp(x).reshape(y, (*rest, m, n)), tuple([order.index(i) for i in range(len(order))]))
     def meta(self, x): return Meta(self.shape, x.dtype)
     def gradient(self, out_grad, node): return Diagonal(self.offset, self.axes)(out_grad)
