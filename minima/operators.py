@@ -132,10 +132,10 @@ ledger += [ # shape
     Case(Flip,         'flip(a, axes)',      lambda a: a.flip(0,-1), _square),
     Case(Roll,         'roll(a, shifts, axes)', lambda a: a.roll((1,-2), (0,-1)), _square),
     Case(Concat,       'concat((a, b), axis)', lambda a,b: concat((a, b), -1), (((2,3),(2,3)), ((3,3),(3,1)), ((2,0),(2,3)), ((0,3),(0,2)), ((1,),(1,))), ref=lambda torch: lambda a,b: torch.cat((a, b), -1)),
-    Case(Split,        'split(a, sizes, axis)', lambda a: a.split([2,1], -1)[0] * 1, (((2,3),), ((3,3),), ((3,),), ((0,3),))),
+    Case(Split,        'split(a, sizes, axis)', lambda a: a.split([2,1], -1)[0] * 1, (((2,3),), ((3,3),), ((3,),), ((0,3),), ((1,3),))),
     Case(Stack,        'stack((a, b), axis)', lambda a,b: stack((a, b), -1), (((2,3),(2,3)), ((),()), ((0,),(0,)), ((3,3),(3,3)), ((1,),(1,))), ref=lambda torch: lambda a,b: torch.stack((a, b), -1)),
     Case(Diagonal,     'diagonal(a, offset)', lambda a: a.diagonal(1), _square),
-    Case(PutDiagonal,  'diag_embed(a, offset)', lambda a: a.diag_embed(-1), (((3,),), ((2,3),), ((0,),), ((1,),), ((0,2),))),
+    Case(PutDiagonal,  'diag_embed(a, offset)', lambda a: a.diag_embed(-1), (((3,),), ((2,3),), ((3,3),), ((0,),), ((1,),), ((0,2),))),
     Case(Tril,         'tril(a, offset)',    lambda a: a.tril(-1), _square),
     Case(Triu,         'triu(a, offset)',    lambda a: a.triu(1), _square),
     Case('flatten',    'flatten(a, start, end)', lambda a: a.flatten(0,-1), (*_square, ((),))),
@@ -148,11 +148,13 @@ ledger += [ # shape
     Case('repeat',     'repeat(a, reps)',    lambda a: a.repeat((2,1,3)), (*_square, ((),), ((3,),))),
     Case('repeat_interleave', 'repeat_interleave(a, n, axis)', lambda a: a.repeat_interleave(2, -1), _square),
     Case('narrow',     'narrow(a, axis, start, n)', lambda a: a.narrow(0,0,0), _square),
-    Case('chunk',      'chunk(a, n, axis)',  lambda a: a.chunk(2, -1)[0] * 1, (((2,4),), ((3,3),), ((0,4),))),
+    Case('chunk',      'chunk(a, n, axis)',  lambda a: a.chunk(2, -1)[0] * 1, (((2,4),), ((3,3),), ((0,4),), ((1,4),))),
     Case(Unbind,       'unbind(a, axis)',    lambda a: a.unbind(-1)[1] * 1, (((2,3),), ((3,3),), ((0,2),), ((1,2),))),
-    Case('pad',        "pad(a, widths, 'reflect')", lambda a: pad(a, (2,1), 'reflect'), (((2,4),), ((3,3),), ((2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.pad(a, (2,1), 'reflect')),
+    Case('pad',        "pad(a, widths, 'reflect')", lambda a: pad(a, (2,1), 'reflect'), (((2,4),), ((3,3),), ((2,1,3),), ((0,3),)), ref=lambda torch: lambda a: torch.cat([a[...,1:3].flip(-1), a, a[...,-2:-1]], -1)), # torch's own wants a batch
+    Case('pad',        "pad(a, widths, 'replicate')", lambda a: pad(a, (2,1), 'replicate'), (((2,4),), ((3,3),), ((2,1,1),), ((0,3),)), ref=lambda torch: lambda a: torch.cat([a[...,:1], a[...,:1], a, a[...,-1:]], -1)),
+    Case('pad',        "pad(a, widths, 'circular')", lambda a: pad(a, (2,1), 'circular'), (((2,4),), ((3,3),), ((2,1,3),), ((0,3),)), ref=lambda torch: lambda a: torch.cat([a[...,-2:], a, a[...,:1]], -1)),
     Case('dilate',     'dilate(a, axes, n)', lambda a: a.dilate(-1, 1), (((2,3),), ((3,3),), ((0,2),), ((1,),)), ref=lambda torch: lambda a: torch.stack((a, torch.zeros_like(a)), -1).flatten(-2)),
-    Case('undilate',   'undilate(a, axes, n)', lambda a: a.undilate(-1, 1), (((2,3),), ((3,4),), ((0,2),), ((1,),)), ref=lambda torch: lambda a: a[...,::2]),
+    Case('undilate',   'undilate(a, axes, n)', lambda a: a.undilate(-1, 1), (((2,3),), ((3,4),), ((3,3),), ((0,2),), ((1,),)), ref=lambda torch: lambda a: a[...,::2]),
     Case('diag',       'diag(a, offset)',    lambda a: a.diag(1), (((3,),), ((3,4),), ((3,3),), ((1,),), ((0,),))),
 ]
 
@@ -202,7 +204,7 @@ ledger += [ # products
     Case(MatMul,       'a @ b',              lambda a,b: a@b, (((2,3),(3,4)), ((3,3),(3,3)), ((5,2,3),(3,4)), ((1,2,3),(5,3,2)), ((3,),(3,)), ((0,3),(3,2)), ((2,0),(0,3)), ((1,1),(1,1)))),
     Case(Linear,       'linear(x, W, b)',    linear, (((5,3),(4,3),(4,)), ((2,4,3),(3,3),(3,)), ((1,1),(1,1),(1,)), ((0,3),(4,3),(4,))), ref=lambda torch: torch.nn.functional.linear),
     Case('dot',          'dot(a, b)',             lambda a,b: a.dot(b), (((3,),(3,)), ((0,),(0,)), ((1,),(1,)))),
-    Case('inner',        'inner(a, b)',           lambda a,b: a.inner(b), (((3,),(3,)), ((2,3),(3,)), ((3,3),(3,3)), ((2,3),(4,5,3)), ((),(3,)), ((2,0),(3,0)))),
+    Case('inner',        'inner(a, b)',           lambda a,b: a.inner(b), (((3,),(3,)), ((2,3),(3,)), ((3,3),(3,3)), ((2,3),(4,5,3)), ((),(3,)), ((2,0),(3,0)), ((1,1),(1,1)))),
     Case('outer',        'outer(a, b)',           lambda a,b: a.outer(b), (((3,),(4,)), ((3,),(3,)), ((1,),(3,)), ((0,),(3,)))),
     Case('tensordot',    'tensordot(a, b, axes)', lambda a,b: tensordot(a, b, ([0,-1],[1,0])), (((2,3,4),(4,2,5)), ((3,3,3),(3,3,3)), ((2,1),(1,2)), ((0,3),(3,0,2))), ref=lambda torch: lambda a,b: torch.tensordot(a, b, ([0,-1],[1,0]))),
     Case('bmm',          'bmm(a, b)',             lambda a,b: a.bmm(b), (((2,3,4),(2,4,5)), ((3,3,3),(3,3,3)), ((1,2,3),(1,3,1)), ((0,2,3),(0,3,4)))),
@@ -214,8 +216,8 @@ ledger += [ # products
     Case(Inverse,        'inverse(a)',            lambda a: (a@a.transpose(-1,-2) + 4*_eye(a)).inverse(), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),)), ref=lambda torch: lambda a: (a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype)).inverse()),
     Case(Solve,          'solve(a, b)',           lambda a,b: solve(a@a.transpose(-1,-2) + 4*_eye(a), b), (((3,3),(3,)), ((3,3),(3,2)), ((3,3),(3,3)), ((2,3,3),(2,3)), ((2,3,3),(3,)), ((3,3,3),(3,3)), ((2,1,3,3),(4,3,2)), ((0,0),(0,)), ((1,1),(1,))), ref=lambda torch: lambda a,b: torch.linalg.solve(a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype), b)),
     Case(Det,            'det(a)',                lambda a: a.det(), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),))),
-    Case(Cofactor,       'det(a), backward',      lambda a: Cofactor()(a), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),)), ref=lambda torch: lambda a: a.det()[...,None,None]*a.inverse().mT),
-    Case(DetHessian,     'det(a), second',        lambda a,g: DetHessian()(a@a.transpose(-1,-2) + 2*_eye(a), g), (((2,2),(2,2)), ((3,3),(3,3)), ((1,1),(1,1)), ((2,3,3),(2,3,3))), ref=lambda torch: lambda a,g: _det_hessian_torch(torch, a@a.mT + 2*torch.eye(a.shape[-1], dtype=a.dtype), g)),
+    Case(Cofactor,       'det(a), backward',      lambda a: Cofactor()(a), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((0,2,2),)), ref=lambda torch: lambda a: a.det()[...,None,None]*a.inverse().mT),
+    Case(DetHessian,     'det(a), second',        lambda a,g: DetHessian()(a@a.transpose(-1,-2) + 2*_eye(a), g), (((2,2),(2,2)), ((3,3),(3,3)), ((1,1),(1,1)), ((2,3,3),(2,3,3)), ((0,2,2),(0,2,2))), ref=lambda torch: lambda a,g: _det_hessian_torch(torch, a@a.mT + 2*torch.eye(a.shape[-1], dtype=a.dtype), g)),
     Case(SlogDet,        'slogdet(a)[1]',         lambda a: (a@a.transpose(-1,-2) + 4*_eye(a)).slogdet()[1], (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),)), ref=lambda torch: lambda a: (a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype)).slogdet()[1]),
     Case(Cholesky,       'cholesky(a)',           lambda a: (a@a.transpose(-1,-2) + 4*_eye(a)).cholesky(), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),)), ref=lambda torch: lambda a: torch.linalg.cholesky(a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype))),
 ]
@@ -242,32 +244,39 @@ ledger += [ # indices and tuples
 
 # %% ../nbs/19_operators.ipynb #c012
 _w22,_w23 = Windows((2,2), (1,1), (0,0), (1,1)),Windows((2,3), (2,1), (1,1), (1,1))
-_places = np.array([[[[0,3],[1,3]]]], np.uint8) # one element of each 2×2 window of a 3×3 image
+_at = np.array([[[[0,3],[1,3]]]], np.uint8) # one element of each 2×2 window of a 3×3 image
 def _pool_torch(torch):
-    F,t = torch.nn.functional,torch.tensor(_places.astype(np.int64)).reshape(1,1,1,4)
-    put = lambda y: F.fold(torch.zeros(1,1,4,4, dtype=y.dtype).scatter(2, t, y.reshape(1,1,1,4)).reshape(1,4,4), (3,3), 2)
-    take = lambda x: F.unfold(x, 2).reshape(1,1,4,4).gather(2, t).reshape(1,1,2,2)
-    index = lambda x: F.unfold(x, 2).reshape(x.shape[0], x.shape[1], 4, (x.shape[2]-1)*(x.shape[3]-1)).argmax(2).reshape(x.shape[0], x.shape[1], x.shape[2]-1, x.shape[3]-1).to(torch.uint8)
+    F = torch.nn.functional
+    put = lambda y,at: F.fold(torch.zeros(1,1,4,4, dtype=y.dtype).scatter(2, at.long().reshape(1,1,1,4), y.reshape(1,1,1,4)).reshape(1,4,4), (3,3), 2)
+    take = lambda x,at: F.unfold(x, 2).reshape(1,1,4,4).gather(2, at.long().reshape(1,1,1,4)).reshape(1,1,2,2)
+    def index(x): # torch counts places in the image
+        at,w = F.max_pool2d(x, 2, 1, return_indices=True)[1],x.shape[3]
+        i,j = torch.arange(at.shape[2])[:,None],torch.arange(at.shape[3])
+        return ((at//w - i)*2 + at%w - j).to(torch.uint8)
     return put,take,index
 
 ledger += [ # windows
     Case(Unfold,       'unfold(a, kernel)',  lambda a: unfold(a, (2,3), 1, 1, (2,1)), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.unfold(a, (2,3), 1, 1, (2,1))),
-    Case(Fold,         'fold(a, size, kernel)', lambda a: fold(a, (3,4), 2), (((2,8,6),), ((1,4,6),), ((0,4,6),)), ref=lambda torch: lambda a: torch.nn.functional.fold(a, (3,4), 2)),
+    Case(Fold,         'fold(a, size, kernel)', lambda a: fold(a, (3,4), 2), (((2,8,6),), ((1,4,6),), ((0,4,6),), ((4,4,6),)), ref=lambda torch: lambda a: torch.nn.functional.fold(a, (3,4), 2)),
     Case(Conv,         'conv2d(x, w, b)',    lambda x,w,b: conv2d(x, w, b, 2, (1,0)), (((2,3,5,4),(4,3,3,2),(4,)), ((1,1,3,3),(1,1,3,3),(1,)), ((2,3,3,3),(3,3,1,3),(3,)), ((0,2,4,4),(3,2,2,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv2d(x, w, b, 2, (1,0))),
+    Case(Conv,         'conv2d(x, w, groups=3, dilation=2)', lambda x,w: conv2d(x, w, groups=3, dilation=(2,1)), (((2,3,5,4),(6,1,3,2)), ((1,3,3,3),(3,1,1,3)), ((0,3,4,4),(3,1,2,2))), ref=lambda torch: lambda x,w: torch.nn.functional.conv2d(x, w, groups=3, dilation=(2,1))),
     Case(ConvTranspose,'conv_transpose2d(x, w, b)', lambda x,w,b: conv_transpose2d(x, w, b, 2, (1,0)), (((2,3,5,4),(3,4,3,2),(4,)), ((1,1,3,3),(1,1,3,3),(1,)), ((2,3,3,3),(3,3,1,3),(3,)), ((0,2,4,4),(2,3,2,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv_transpose2d(x, w, b, 2, (1,0))),
-    Case(ConvWeight,   'conv2d(x, w, b), backward', lambda y,x: ConvWeight(_w23)(y, x), (((2,4,3,3),(2,3,4,3)), ((1,1,2,3),(1,1,3,3))), ref=lambda torch: lambda y,x: torch.nn.grad.conv2d_weight(x, (y.shape[1],x.shape[1],2,3), y, (2,1), (1,1))),
+    Case(ConvWeight,   'conv2d(x, w, b), backward', lambda y,x: ConvWeight(_w23)(y, x), (((2,4,3,3),(2,3,4,3)), ((1,1,2,3),(1,1,3,3)), ((0,2,2,3),(0,1,3,3))), ref=lambda torch: lambda y,x: torch.nn.grad.conv2d_weight(x, (y.shape[1],x.shape[1],2,3), y, (2,1), (1,1))),
     Case(MaxPool,      'max_pool2d(a, kernel)', lambda a: max_pool2d(a, (2,3), (2,1), 1), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.max_pool2d(a, (2,3), (2,1), 1)),
     Case(PoolIndex,    'max_pool2d(a, kernel), where', lambda a: PoolIndex(_w22)(a, max_pool2d(a, 2, 1)), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: _pool_torch(torch)[2]),
-    Case(PoolPut,      'max_pool2d(a, kernel), backward', lambda a: PoolPut(_w22, (3,3))(a, Tensor(_places)), (((1,1,2,2),),), ref=lambda torch: _pool_torch(torch)[0]),
-    Case(PoolTake,     'max_pool2d(a, kernel), backward twice', lambda a: PoolTake(_w22)(a, Tensor(_places)), (((1,1,3,3),),), ref=lambda torch: _pool_torch(torch)[1]),
+    Case(PoolPut,      'max_pool2d(a, kernel), backward', lambda a,at: PoolPut(_w22, (3,3))(a, at), (((1,1,2,2),_at),), ref=lambda torch: _pool_torch(torch)[0]),
+    Case(PoolTake,     'max_pool2d(a, kernel), backward twice', lambda a,at: PoolTake(_w22)(a, at), (((1,1,3,3),_at),), ref=lambda torch: _pool_torch(torch)[1]),
     Case('conv1d',     'conv1d(x, w, b)',    lambda x,w,b: conv1d(x, w, b, 2, 1), (((2,3,6),(4,3,3),(4,)), ((1,1,3),(1,1,3),(1,)), ((0,2,4),(3,2,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv1d(x, w, b, 2, 1)),
     Case('conv_transpose1d', 'conv_transpose1d(x, w, b)', lambda x,w,b: conv_transpose1d(x, w, b, 2, 1), (((2,3,6),(3,4,3),(4,)), ((1,1,3),(1,1,3),(1,)), ((0,2,4),(2,3,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv_transpose1d(x, w, b, 2, 1)),
-    Case('max_pool1d', 'max_pool1d(a, kernel)', lambda a: max_pool1d(a, 3, 1, 1), (((2,3,5),), ((1,1,3),), ((0,2,3),)), ref=lambda torch: lambda a: torch.nn.functional.max_pool1d(a, 3, 1, 1)),
-    Case('avg_pool1d', 'avg_pool1d(a, kernel)', lambda a: avg_pool1d(a, 3, 1, 1), (((2,3,5),), ((1,1,3),), ((0,2,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool1d(a, 3, 1, 1)),
+    Case('max_pool1d', 'max_pool1d(a, kernel)', lambda a: max_pool1d(a, 3, 1, 1), (((2,3,5),), ((1,1,3),), ((0,2,3),), ((3,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.max_pool1d(a, 3, 1, 1)),
+    Case('avg_pool1d', 'avg_pool1d(a, kernel)', lambda a: avg_pool1d(a, 3, 1, 1), (((2,3,5),), ((1,1,3),), ((0,2,3),), ((3,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool1d(a, 3, 1, 1)),
     Case('avg_pool2d', 'avg_pool2d(a, kernel)', lambda a: avg_pool2d(a, (2,3), (2,1), 1), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool2d(a, (2,3), (2,1), 1)),
-    Case('adaptive_avg_pool1d', 'adaptive_avg_pool1d(a, size)', lambda a: adaptive_avg_pool1d(a, 3), (((2,3,5),), ((1,1,3),), ((0,2,6),)), ref=lambda torch: lambda a: torch.nn.functional.adaptive_avg_pool1d(a, 3)),
-    Case('adaptive_avg_pool2d', 'adaptive_avg_pool2d(a, size)', lambda a: adaptive_avg_pool2d(a, (2,3)), (((2,3,4,6),), ((2,2,5,5),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.adaptive_avg_pool2d(a, (2,3))),
-    Case('interpolate',"interpolate(a, scale_factor=2, mode='bilinear')", lambda a: interpolate(a, scale_factor=2, mode='bilinear'), (((2,3,2,3),), ((1,1,3,3),), ((0,2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, scale_factor=2, mode='bilinear')),
+    Case('avg_pool2d', 'avg_pool2d(a, kernel, count_include_pad=False)', lambda a: avg_pool2d(a, 2, 1, 1, count_include_pad=False), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool2d(a, 2, 1, 1, count_include_pad=False)),
+    Case('adaptive_avg_pool1d', 'adaptive_avg_pool1d(a, size)', lambda a: adaptive_avg_pool1d(a, 3), (((2,3,5),), ((1,1,3),), ((0,2,6),), ((3,3,4),)), ref=lambda torch: lambda a: torch.nn.functional.adaptive_avg_pool1d(a, 3)),
+    Case('adaptive_avg_pool2d', 'adaptive_avg_pool2d(a, size)', lambda a: adaptive_avg_pool2d(a, (2,3)), (((2,3,4,6),), ((2,2,5,5),), ((0,2,3,3),), ((1,1,4,5),)), ref=lambda torch: lambda a: torch.nn.functional.adaptive_avg_pool2d(a, (2,3))),
+    Case(Resample,     "interpolate(a, size, mode='bilinear')", lambda a: interpolate(a, (4,7), mode='bilinear'), (((2,3,2,3),), ((1,1,3,3),), ((0,2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, (4,7), mode='bilinear')),
+    Case('interpolate',"interpolate(a, scale_factor=2)", lambda a: interpolate(a, scale_factor=2), (((2,3,2,3),), ((1,1,3,3),), ((0,2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, scale_factor=2)),
+    Case('upsample',   "upsample(a, size, mode='linear', align_corners=True)", lambda a: upsample(a, 5, mode='linear', align_corners=True), (((2,3,4),), ((1,1,3),), ((3,3,3),), ((0,2,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, 5, mode='linear', align_corners=True)),
 ]
 
 # %% ../nbs/19_operators.ipynb #c013

@@ -60,14 +60,20 @@ def _take_flat(x, places):
     "Elements at row-major places; the standard's own indices are a small part of NumPy's"
     return xp(x).reshape(xp(x).take(xp(x).reshape(x, (-1,)), xp(x).asarray(places.reshape(-1)), axis=0), places.shape)
 
+def _turns(places):
+    "How often each of a row of places has stood before in it"
+    order = np.argsort(places, kind='stable')
+    turn = np.empty(len(places), int)
+    turn[order] = np.arange(len(places)) - np.searchsorted(places[order], places[order])
+    return turn
+
 def _add_flat(shape, places, y):
     "Zeros, with `y` added in at row-major places; the standard has no scatter, so each place takes the first element meant for it, then the second, …"
     n,places = product(shape),places.reshape(-1)
-    order = np.argsort(places, kind='stable')
-    turn = np.arange(len(order)) - np.searchsorted(places[order], places[order]) # of each among those for its place
+    turn = _turns(places)
     y,x = xp(y).concat([xp(y).reshape(y, (-1,)), xp(y).zeros((1,), dtype=y.dtype)]),xp(y).zeros(shape, dtype=y.dtype)
     for k in range(turn.max(initial=-1)+1):
-        source,now = np.full(n, len(order)),order[turn==k] # the last of `y` is 0
+        source,now = np.full(n, len(places)),np.flatnonzero(turn==k) # the last of `y` is 0
         source[places[now]] = now
         x = x + _take_flat(y, source.reshape(shape))
     return x
