@@ -12,11 +12,12 @@ __all__ = ['add', 'add_scalar', 'multiply', 'mul_scalar', 'subtract', 'divide', 
            'AddScalar', 'EWiseMul', 'MulScalar', 'Negate', 'negate', 'EWiseSub', 'RSubScalar', 'EWiseDiv', 'DivScalar',
            'PowerScalar', 'EWisePow', 'Exp', 'exp', 'Log', 'log', 'Sqrt', 'Rsqrt', 'Exp2', 'Expm1', 'Log1p', 'Log2',
            'Log10', 'square', 'Sin', 'Cos', 'Tan', 'Arcsin', 'Arccos', 'Arctan', 'Sinh', 'Cosh', 'Tanh', 'Arcsinh',
-           'Arccosh', 'Arctanh', 'Arctan2', 'Abs', 'Step', 'FloorDivide', 'Mod', 'Maximum', 'Minimum', 'Clip', 'clip',
-           'Sigmoid', 'LogSigmoid', 'Softplus', 'LogAddExp', 'softplus', 'Erf', 'ReLU', 'relu', 'LeakyReLU', 'ELU',
-           'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'hardtanh', 'relu6', 'hardsigmoid', 'hardswish', 'silu',
-           'gelu', 'mish', 'softsign', 'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'logical_and', 'logical_or', 'logical_xor',
-           'bitwise_and', 'bitwise_or', 'bitwise_xor', 'isnan', 'isinf', 'isfinite', 'sign', 'floor', 'ceil', 'trunc']
+           'Arccosh', 'Arctanh', 'Arctan2', 'SignGate', 'Abs', 'Sign', 'Step', 'FloorDivide', 'Mod', 'Maximum',
+           'Minimum', 'Clip', 'ClipBetween', 'clip', 'Sigmoid', 'LogSigmoid', 'Softplus', 'LogAddExp', 'softplus',
+           'Erf', 'ReLU', 'relu', 'LeakyReLU', 'ELU', 'PReLU', 'leaky_relu', 'prelu', 'elu', 'selu', 'celu', 'hardtanh',
+           'relu6', 'hardsigmoid', 'hardswish', 'silu', 'gelu', 'mish', 'softsign', 'eq', 'ne', 'lt', 'le', 'gt', 'ge',
+           'logical_and', 'logical_or', 'logical_xor', 'bitwise_and', 'bitwise_or', 'bitwise_xor', 'isnan', 'isinf',
+           'isfinite', 'sign', 'floor', 'ceil', 'trunc']
 
 # %% ../../nbs/11_elementwise.ipynb #c003
 from numbers import Number
@@ -24,7 +25,7 @@ import math, operator
 import numpy as np
 from fastcore.basics import patch
 from ..autograd import LAZY, RECORD, Tensor, TensorOp, UnaryOp, frozen, is_torch, mode, new_tensor, next_rank, run_op
-from ..device import xp
+from ..device import dtype_of, xp
 from .shape import BroadcastTo, reshape
 
 # %% ../../nbs/11_elementwise.ipynb #c006
@@ -76,6 +77,13 @@ def align(
     return a,b
 
 # %% ../../nbs/11_elementwise.ipynb #c010
+def _align3(op, a, b, c):
+    "The same for three tensors"
+    b,c = align(op, b, c)
+    a,b = align(op, a, b)
+    return a,*align(op, b, c)
+
+# %% ../../nbs/11_elementwise.ipynb #c011
 class MapOp(UnaryOp):
     r"$y_i = f(x_i)$"
 
@@ -93,7 +101,7 @@ class ZipOp(TensorOp):
         else: z.op,z.inputs,z.needs = None,(),False
         return z
 
-# %% ../../nbs/11_elementwise.ipynb #c012
+# %% ../../nbs/11_elementwise.ipynb #c013
 @frozen
 class ScalarOp(MapOp):
     "A map with a number in it"
@@ -107,7 +115,7 @@ class ScalarOp(MapOp):
         self._arrays[x.dtype] = s = np.asarray(self.scalar, x.dtype) if floating else self.scalar
         return s
 
-# %% ../../nbs/11_elementwise.ipynb #c013
+# %% ../../nbs/11_elementwise.ipynb #c014
 def as_number(x):
     "`x` as a number of Python if it is one, or a NumPy value without axes; otherwise `None`"
     kind = type(x)
@@ -117,16 +125,21 @@ def as_number(x):
     if isinstance(x, complex): raise TypeError(f'complex numbers are not supported: {x}')
     return x if isinstance(x, (int,float)) else float(x)
 
-def as_tensor(x, name):
-    "`x` as a tensor, if it can stand beside one"
+def _near(a, x):
+    "An array of NumPy's as a constant tensor where the tensor `x` lives"
+    return Tensor.make_const(a if x.cached_data is None else xp(x.cached_data).asarray(a))
+
+def as_tensor(x, name, near=None):
+    "`x` as a tensor, if it can stand beside one; where `near` lives, if that is a tensor"
     if isinstance(x, Tensor): return x
     if is_torch(x): raise TypeError(f'{name}: a torch tensor beside a minima tensor; convert one of them, with `Tensor(t.detach().numpy())` or `torch.tensor(t.numpy())`')
-    if isinstance(x, (np.ndarray,np.generic,list,tuple,Number)): return Tensor(x, requires_grad=False)
-    raise TypeError(f'{name}: unsupported operand of type {type(x).__name__}; wanted a tensor, an array or a number')
+    if not isinstance(x, (np.ndarray,np.generic,list,tuple,Number)): raise TypeError(f'{name}: unsupported operand of type {type(x).__name__}; wanted a tensor, an array or a number')
+    x = Tensor(x, requires_grad=False)
+    return _near(x.cached_data, near) if isinstance(near, Tensor) else x
 
 def _constant(s, x):
     "The number `s` in the dtype that it takes beside `x`; what is no number as it is"
-    return Tensor.make_const(np.asarray(s, x.dtype if x.dtype.kind=='f' else None)) if as_number(s) is not None else s
+    return _near(np.asarray(s, x.dtype if x.dtype.kind=='f' else None), x) if as_number(s) is not None else s
 
 def as_tensors(a, b, name):
     "Two operands as tensors; a number takes the dtype that it has beside the other"
@@ -134,11 +147,11 @@ def as_tensors(a, b, name):
         if isinstance(b, Tensor): return a,b
         b = _constant(b, a)
     elif isinstance(b, Tensor): a = _constant(a, b)
-    return as_tensor(a, name),as_tensor(b, name)
+    return as_tensor(a, name, b),as_tensor(b, name, a)
 
-def _zeros(x): return Tensor.make_const(np.zeros(x.shape, x.dtype))
+def _zeros(x): return _near(np.zeros(x.shape, x.dtype), x)
 
-# %% ../../nbs/11_elementwise.ipynb #c014
+# %% ../../nbs/11_elementwise.ipynb #c015
 def _binary(name, zip_op, scalar_op):
     "The function of two operands that picks the operator: a zip, or a map with a number in it"
     zipped,made = zip_op.__call__,{} # operators with a number, made once for each
@@ -157,7 +170,7 @@ def _binary(name, zip_op, scalar_op):
                     if len(made) > 1000: made.clear()
                     made[s] = call
                 return call(a)
-        return zipped(as_tensor(a, name), as_tensor(b, name))
+        return zipped(as_tensor(a, name, b), as_tensor(b, name, a))
     f.__name__ = f.__qualname__ = name
     return f
 
@@ -196,7 +209,7 @@ def _scalar(name, op):
     f.__name__ = f.__qualname__ = name
     return f
 
-# %% ../../nbs/11_elementwise.ipynb #c017
+# %% ../../nbs/11_elementwise.ipynb #c018
 @frozen
 class Compare(ZipOp):
     "Elementwise comparison of two tensors, by a function of the module `operator`"
@@ -204,7 +217,7 @@ class Compare(ZipOp):
     differentiable = False
     def compute(self, a, b): return getattr(operator, self.name)(a, b)
 
-# %% ../../nbs/11_elementwise.ipynb #c018
+# %% ../../nbs/11_elementwise.ipynb #c019
 @frozen
 class CompareScalar(ScalarOp):
     "Elementwise comparison with a number, on the right"
@@ -212,7 +225,7 @@ class CompareScalar(ScalarOp):
     differentiable = False
     def compute(self, x): return getattr(operator, self.name)(x, self.beside(x))
 
-# %% ../../nbs/11_elementwise.ipynb #c019
+# %% ../../nbs/11_elementwise.ipynb #c020
 for _name in 'eq ne lt le gt ge'.split():
     _f = _binary(_name, Compare(_name), lambda s, name=_name: CompareScalar(s, name))
     _f.__doc__ = f"Elementwise comparison, `operator.{_name}`; a boolean tensor"
@@ -221,23 +234,25 @@ for _name in 'eq ne lt le gt ge'.split():
     setattr(Tensor, f'__{_name}__', _f)
 Tensor.__hash__ = object.__hash__
 
-# %% ../../nbs/11_elementwise.ipynb #c020
+# %% ../../nbs/11_elementwise.ipynb #c021
 @frozen
 class Logic(ZipOp):
     "A truth table, elementwise, by a function of the array API"
     name:str # `logical_` or `bitwise_`, and `and`, `or` or `xor`
     differentiable = False
-    def compute(self, a, b): return getattr(xp(a), self.name)(a, b)
+    def compute(self, a, b):
+        if self.name[0]=='l': a,b = (x if dtype_of(x).kind=='b' else x!=0 for x in (a,b)) # the standard wants booleans
+        return getattr(xp(a), self.name)(a, b)
 
-# %% ../../nbs/11_elementwise.ipynb #c021
+# %% ../../nbs/11_elementwise.ipynb #c022
 @frozen
 class Kind(MapOp):
-    "Of what kind a number is; a boolean tensor"
-    name:str # `isnan`, `isinf` or `isfinite`
+    "Of what kind a number is, or that a truth value is false; a boolean tensor"
+    name:str # `isnan`, `isinf`, `isfinite` or `logical_not`
     differentiable = False
     def compute(self, x): return getattr(xp(x), self.name)(x)
 
-# %% ../../nbs/11_elementwise.ipynb #c022
+# %% ../../nbs/11_elementwise.ipynb #c023
 @frozen
 class IsClose(ZipOp):
     r"$|a-b| \leq \text{atol} + \text{rtol}\,|b|$; an infinity is close to itself alone"
@@ -245,10 +260,14 @@ class IsClose(ZipOp):
     atol:float
     equal_nan:bool
     differentiable = False
-    def compute(self, a, b): return np.isclose(a, b, self.rtol, self.atol, self.equal_nan) # not in the standard
+    def compute(self, a, b):
+        space = xp(a)
+        a,b = (x if dtype_of(x).kind=='f' else space.astype(x, space.float64) for x in (a,b))
+        with np.errstate(invalid='ignore'): close = (space.abs(a-b) <= self.atol + self.rtol*space.abs(b)) & space.isfinite(b) | (a==b)
+        return close | (a!=a) & (b!=b) if self.equal_nan else close
     def meta(self, a, b): return a == b
 
-# %% ../../nbs/11_elementwise.ipynb #c023
+# %% ../../nbs/11_elementwise.ipynb #c024
 for _name in 'and or xor'.split():
     for _kind in 'logical bitwise'.split():
         _f = _zip(f'{_kind}_{_name}', Logic(f'{_kind}_{_name}'))
@@ -259,18 +278,19 @@ for _name in 'and or xor'.split():
 for _name in 'isnan isinf isfinite'.split():
     globals()[_name] = _map(_name, Kind(_name))
 
+_not = Kind('logical_not').__call__
 def logical_not(
     a:Tensor, # any shape and dtype
 ) -> Tensor:  # booleans of the same shape
     "True where `a` is 0 or false"
-    return eq(a, 0)
+    return _not(a) if a.dtype.kind=='b' else eq(a, 0)
 
 def invert(
     a:Tensor, # booleans or integers
 ) -> Tensor:  # same shape and dtype
     "`~a`: not, of the bits"
     if a.dtype.kind=='f': raise TypeError(f'invert: ~ of a tensor of {a.shape} {a.dtype}, wanted booleans or integers')
-    return eq(a, 0) if a.dtype.kind=='b' else -a - 1
+    return _not(a) if a.dtype.kind=='b' else -a - 1
 
 def isclose(
     a:Tensor,             # any shape
@@ -284,18 +304,18 @@ def isclose(
 
 Tensor.logical_not,Tensor.__invert__,Tensor.isclose = logical_not,invert,isclose
 
-# %% ../../nbs/11_elementwise.ipynb #c024
+# %% ../../nbs/11_elementwise.ipynb #c025
 _all_ = ['eq', 'ne', 'lt', 'le', 'gt', 'ge', 'logical_and', 'logical_or', 'logical_xor', 'bitwise_and', 'bitwise_or', 'bitwise_xor', 'isnan', 'isinf', 'isfinite',
          'add', 'add_scalar', 'multiply', 'mul_scalar', 'subtract', 'divide', 'divide_scalar', 'power', 'power_scalar']
 
-# %% ../../nbs/11_elementwise.ipynb #c032
+# %% ../../nbs/11_elementwise.ipynb #c033
 _bits = {n: np.dtype(f'i{n}') for n in (1,2,4,8)} # integers as wide as the numbers
 def _integer(a): return _bits.get(a.itemsize) if a.__class__ is np.ndarray and a.size>500 else None
 
 def _keep(a, c):
     "`a` where `c`, else 0"
     bits = _integer(a)
-    if bits is None: return xp(a).where(c, a, xp(a).zeros_like(a) if a.dtype.kind!='f' else _zero(a))
+    if bits is None: return xp(a).where(c, a, _zero(a) if dtype_of(a).kind=='f' else xp(a).zeros_like(a))
     z = c.astype(bits); z *= a.view(bits)
     return z.view(a.dtype)
 
@@ -306,15 +326,15 @@ def _choose(c, a, b):
     z = a.view(bits)^b.view(bits); z *= c; z ^= b.view(bits)
     return z.view(a.dtype)
 
-# %% ../../nbs/11_elementwise.ipynb #c033
+# %% ../../nbs/11_elementwise.ipynb #c034
 class Gate(ZipOp):
     r"$z = a\,[b\neq0]$: passes `a` where `b` is true, or not zero"
-    def compute(self, a, b): return _keep(a, b if b.dtype.kind=='b' else b != _zero(b))
+    def compute(self, a, b): return _keep(a, b if dtype_of(b).kind=='b' else b != _zero(b))
     def gradient(self, out_grad, node):
         b = node.inputs[1]
         return self(out_grad, b), None
 
-# %% ../../nbs/11_elementwise.ipynb #c034
+# %% ../../nbs/11_elementwise.ipynb #c035
 class Where(TensorOp):
     r"$z_i = a_i$ where $c_i$ holds, else $b_i$; equal shapes, $a$ and $b$ of equal dtypes"
     def compute(self, c, a, b): return _choose(c, a, b)
@@ -322,7 +342,7 @@ class Where(TensorOp):
         c,a,b = node.inputs
         return None, _gate(out_grad, c) if a.needs else None, _gate(out_grad, ~c) if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c035
+# %% ../../nbs/11_elementwise.ipynb #c036
 _gate,_where,_zero = Gate().__call__,Where(),ScalarOp(0.).beside
 def where(
     condition, # tensor of booleans
@@ -334,11 +354,7 @@ def where(
     if c.dtype.kind!='b': raise TypeError(f'where: a condition of {c.shape} {c.dtype}, wanted booleans; a comparison makes them')
     a,b = as_tensors(a, b, 'where')
     if a.dtype!=b.dtype: a,b = (astype(x, _common_dtype(a, b)) for x in (a,b))
-    if not c.shape==a.shape==b.shape:
-        a,b = align(_where, a, b)
-        c,a = align(_where, c, a)
-        a,b = align(_where, a, b)
-    return _where(c, a, b)
+    return _where(*((c,a,b) if c.shape==a.shape==b.shape else _align3(_where, c, a, b)))
 
 def masked_fill(
     a:Tensor, # any shape
@@ -351,19 +367,19 @@ def masked_fill(
 Tensor.where = lambda self, condition, b: where(condition, self, b)
 Tensor.masked_fill = masked_fill
 
-# %% ../../nbs/11_elementwise.ipynb #c041
+# %% ../../nbs/11_elementwise.ipynb #c042
 class EWiseAdd(ZipOp):
     r"$z = a+b$"
     def compute(self, a, b): return a + b
     def gradient(self, out_grad, node): return out_grad, out_grad
 
-# %% ../../nbs/11_elementwise.ipynb #c042
+# %% ../../nbs/11_elementwise.ipynb #c043
 class AddScalar(ScalarOp):
     r"$y = x+s$"
     def compute(self, x): return x + self.beside(x)
     def gradient(self, out_grad, node): return out_grad
 
-# %% ../../nbs/11_elementwise.ipynb #c043
+# %% ../../nbs/11_elementwise.ipynb #c044
 add = _binary('add', EWiseAdd(), AddScalar)
 add.__doc__ = r"$a+b$, elementwise"
 add_scalar = _scalar('add_scalar', AddScalar)
@@ -372,7 +388,7 @@ Tensor.add = Tensor.__add__ = add
 Tensor.__radd__ = lambda self, other: add(as_tensor(other, 'add') if as_number(other) is None else self, self if as_number(other) is None else other)
 Tensor.__pos__ = lambda self: self
 
-# %% ../../nbs/11_elementwise.ipynb #c049
+# %% ../../nbs/11_elementwise.ipynb #c050
 class EWiseMul(ZipOp):
     r"$z = ab$"
     def compute(self, a, b): return a * b
@@ -380,13 +396,13 @@ class EWiseMul(ZipOp):
         a,b = node.inputs
         return out_grad*b if a.needs else None, out_grad*a if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c050
+# %% ../../nbs/11_elementwise.ipynb #c051
 class MulScalar(ScalarOp):
     r"$y = sx$; its own adjoint"
     def compute(self, x): return x * self.beside(x)
     def gradient(self, out_grad, node): return self(out_grad)
 
-# %% ../../nbs/11_elementwise.ipynb #c051
+# %% ../../nbs/11_elementwise.ipynb #c052
 multiply = _binary('multiply', EWiseMul(), MulScalar)
 multiply.__doc__ = r"$ab$, elementwise"
 mul_scalar = _scalar('mul_scalar', MulScalar)
@@ -394,13 +410,13 @@ mul_scalar.__doc__ = r"$as$, elementwise"
 Tensor.multiply = Tensor.mul = Tensor.__mul__ = multiply
 Tensor.__rmul__ = lambda self, other: multiply(self, other)
 
-# %% ../../nbs/11_elementwise.ipynb #c059
+# %% ../../nbs/11_elementwise.ipynb #c060
 class Negate(MapOp):
     r"$y = -x$; its own adjoint"
     def compute(self, x): return -x
     def gradient(self, out_grad, node): return self(out_grad)
 
-# %% ../../nbs/11_elementwise.ipynb #c060
+# %% ../../nbs/11_elementwise.ipynb #c061
 _negate = Negate().__call__
 def negate(
     a:Tensor, # any shape
@@ -410,25 +426,25 @@ def negate(
 
 Tensor.negate = Tensor.neg = Tensor.__neg__ = negate
 
-# %% ../../nbs/11_elementwise.ipynb #c061
+# %% ../../nbs/11_elementwise.ipynb #c062
 class EWiseSub(ZipOp):
     r"$z = a-b$"
     def compute(self, a, b): return a - b
     def gradient(self, out_grad, node): return out_grad, -out_grad if node.inputs[1].needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c062
+# %% ../../nbs/11_elementwise.ipynb #c063
 class RSubScalar(ScalarOp):
     r"$y = s-x$"
     def compute(self, x): return self.beside(x) - x
     def gradient(self, out_grad, node): return -out_grad
 
-# %% ../../nbs/11_elementwise.ipynb #c063
+# %% ../../nbs/11_elementwise.ipynb #c064
 subtract = _binary('subtract', EWiseSub(), lambda s: AddScalar(-s))
 subtract.__doc__ = r"$a-b$, elementwise"
 Tensor.subtract = Tensor.sub = Tensor.__sub__ = subtract
 Tensor.__rsub__ = lambda self, other: subtract(other, self) if as_number(other) is None else RSubScalar(as_number(other))(self)
 
-# %% ../../nbs/11_elementwise.ipynb #c067
+# %% ../../nbs/11_elementwise.ipynb #c068
 class EWiseDiv(ZipOp):
     r"$z = a/b$"
     def compute(self, a, b): return a / b
@@ -437,20 +453,20 @@ class EWiseDiv(ZipOp):
         g = out_grad/b
         return g, -(g*node) if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c068
+# %% ../../nbs/11_elementwise.ipynb #c069
 class DivScalar(ScalarOp):
     r"$y = x/s$; its own adjoint"
     def compute(self, x): return x / self.beside(x)
     def gradient(self, out_grad, node): return self(out_grad)
 
-# %% ../../nbs/11_elementwise.ipynb #c069
+# %% ../../nbs/11_elementwise.ipynb #c070
 divide = _binary('divide', EWiseDiv(), DivScalar)
 divide.__doc__ = r"$a/b$, elementwise"
 divide_scalar = _scalar('divide_scalar', DivScalar)
 divide_scalar.__doc__ = r"$a/s$, elementwise"
 Tensor.divide = Tensor.div = Tensor.__truediv__ = divide
 
-# %% ../../nbs/11_elementwise.ipynb #c075
+# %% ../../nbs/11_elementwise.ipynb #c076
 class PowerScalar(ScalarOp):
     r"$y = x^s$"
     def compute(self, x): return x ** self.scalar
@@ -459,16 +475,16 @@ class PowerScalar(ScalarOp):
         if s==0: return _zeros(x)
         return out_grad*(x*2 if s==2 else -(node*node) if s==-1 else x**(s-1)*s)
 
-# %% ../../nbs/11_elementwise.ipynb #c076
+# %% ../../nbs/11_elementwise.ipynb #c077
 class EWisePow(ZipOp):
     r"$z = a^b$"
     def compute(self, a, b): return a ** b
     def gradient(self, out_grad, node):
         a,b = node.inputs
-        return (out_grad*(b*a**(b - 1 + (b==0))) if a.needs else None,
-                out_grad*node*log(a + (a==0))    if b.needs else None)
+        return (out_grad*(b*a**(b - 1 + ((b==0) & ((a==0) | (a!=a))))) if a.needs else None,
+                out_grad*(node*log(a + ((a==0) & (b>=0))))             if b.needs else None)
 
-# %% ../../nbs/11_elementwise.ipynb #c077
+# %% ../../nbs/11_elementwise.ipynb #c078
 power = _binary('power', EWisePow(), PowerScalar)
 power.__doc__ = r"$a^b$, elementwise"
 power_scalar = _scalar('power_scalar', PowerScalar)
@@ -477,13 +493,13 @@ Tensor.power = Tensor.pow = Tensor.__pow__ = power
 Tensor.__rtruediv__ = lambda self, other: divide(other, self) if as_number(other) is None else multiply(power_scalar(self, -1.), other)
 Tensor.__rpow__ = lambda self, other: power(_constant(other, self), self)
 
-# %% ../../nbs/11_elementwise.ipynb #c080
+# %% ../../nbs/11_elementwise.ipynb #c081
 class Exp(MapOp):
     r"$y = e^x$"
     def compute(self, x): return xp(x).exp(x)
     def gradient(self, out_grad, node): return out_grad*node
 
-# %% ../../nbs/11_elementwise.ipynb #c081
+# %% ../../nbs/11_elementwise.ipynb #c082
 _exp = Exp().__call__
 def exp(
     a:Tensor, # any shape
@@ -493,13 +509,13 @@ def exp(
 
 Tensor.exp = exp
 
-# %% ../../nbs/11_elementwise.ipynb #c087
+# %% ../../nbs/11_elementwise.ipynb #c088
 class Log(MapOp):
     r"$y = \ln x$"
     def compute(self, x): return xp(x).log(x)
     def gradient(self, out_grad, node): return out_grad/node.inputs[0]
 
-# %% ../../nbs/11_elementwise.ipynb #c088
+# %% ../../nbs/11_elementwise.ipynb #c089
 _log = Log().__call__
 def log(
     a:Tensor, # any shape, every element positive
@@ -509,49 +525,49 @@ def log(
 
 Tensor.log = log
 
-# %% ../../nbs/11_elementwise.ipynb #c097
+# %% ../../nbs/11_elementwise.ipynb #c098
 class Sqrt(MapOp):
     r"$y = \sqrt x$"
     def compute(self, x): return xp(x).sqrt(x)
     def gradient(self, out_grad, node): return out_grad/(node*2.)
 
-# %% ../../nbs/11_elementwise.ipynb #c098
+# %% ../../nbs/11_elementwise.ipynb #c099
 class Rsqrt(MapOp):
     r"$y = 1/\sqrt x$"
     def compute(self, x): return 1./xp(x).sqrt(x)
     def gradient(self, out_grad, node): return out_grad*(node*node*node)*-.5
 
-# %% ../../nbs/11_elementwise.ipynb #c099
+# %% ../../nbs/11_elementwise.ipynb #c100
 class Exp2(MapOp):
     r"$y = 2^x$"
-    def compute(self, x): return xp(x).exp2(x) # NumPy's; not in the standard
+    def compute(self, x): return xp(x).exp2(x) if hasattr(xp(x), 'exp2') else 2.**x # not in the standard
     def gradient(self, out_grad, node): return out_grad*node*math.log(2)
 
-# %% ../../nbs/11_elementwise.ipynb #c100
+# %% ../../nbs/11_elementwise.ipynb #c101
 class Expm1(MapOp):
     r"$y = e^x-1$"
     def compute(self, x): return xp(x).expm1(x)
     def gradient(self, out_grad, node): return out_grad*(node+1.)
 
-# %% ../../nbs/11_elementwise.ipynb #c101
+# %% ../../nbs/11_elementwise.ipynb #c102
 class Log1p(MapOp):
     r"$y = \ln(1+x)$"
     def compute(self, x): return xp(x).log1p(x)
     def gradient(self, out_grad, node): return out_grad/(node.inputs[0]+1.)
 
-# %% ../../nbs/11_elementwise.ipynb #c102
+# %% ../../nbs/11_elementwise.ipynb #c103
 class Log2(MapOp):
     r"$y = \log_2 x$"
     def compute(self, x): return xp(x).log2(x)
     def gradient(self, out_grad, node): return out_grad/(node.inputs[0]*math.log(2))
 
-# %% ../../nbs/11_elementwise.ipynb #c103
+# %% ../../nbs/11_elementwise.ipynb #c104
 class Log10(MapOp):
     r"$y = \log_{10} x$"
     def compute(self, x): return xp(x).log10(x)
     def gradient(self, out_grad, node): return out_grad/(node.inputs[0]*math.log(10))
 
-# %% ../../nbs/11_elementwise.ipynb #c104
+# %% ../../nbs/11_elementwise.ipynb #c105
 sqrt  = _map('sqrt',  Sqrt())
 rsqrt = _map('rsqrt', Rsqrt())
 exp2  = _map('exp2',  Exp2())
@@ -568,7 +584,7 @@ def square(
 
 Tensor.square = square
 
-# %% ../../nbs/11_elementwise.ipynb #c110
+# %% ../../nbs/11_elementwise.ipynb #c111
 class Sin(MapOp):
     r"$y = \sin x$"
     def compute(self, x): return xp(x).sin(x)
@@ -584,7 +600,7 @@ class Tan(MapOp):
     def compute(self, x): return xp(x).tan(x)
     def gradient(self, out_grad, node): return out_grad*(node*node + 1.)
 
-# %% ../../nbs/11_elementwise.ipynb #c111
+# %% ../../nbs/11_elementwise.ipynb #c112
 class Arcsin(MapOp):
     r"$y = \arcsin x$"
     def compute(self, x): return xp(x).asin(x)
@@ -600,7 +616,7 @@ class Arctan(MapOp):
     def compute(self, x): return xp(x).atan(x)
     def gradient(self, out_grad, node): return out_grad/(node.inputs[0]**2 + 1.)
 
-# %% ../../nbs/11_elementwise.ipynb #c112
+# %% ../../nbs/11_elementwise.ipynb #c113
 class Sinh(MapOp):
     r"$y = \sinh x$"
     def compute(self, x): return xp(x).sinh(x)
@@ -616,7 +632,7 @@ class Tanh(MapOp):
     def compute(self, x): return xp(x).tanh(x)
     def gradient(self, out_grad, node): return out_grad*(1. - node*node)
 
-# %% ../../nbs/11_elementwise.ipynb #c113
+# %% ../../nbs/11_elementwise.ipynb #c114
 class Arcsinh(MapOp):
     r"$y = \operatorname{arsinh} x$"
     def compute(self, x): return xp(x).asinh(x)
@@ -632,16 +648,17 @@ class Arctanh(MapOp):
     def compute(self, x): return xp(x).atanh(x)
     def gradient(self, out_grad, node): return out_grad/(1. - node.inputs[0]**2)
 
-# %% ../../nbs/11_elementwise.ipynb #c114
+# %% ../../nbs/11_elementwise.ipynb #c115
 class Arctan2(ZipOp):
     r"$\varphi$, the angle of the point $(b, a)$"
     def compute(self, a, b): return xp(a).atan2(a, b)
     def gradient(self, out_grad, node):
         a,b = node.inputs
-        g = out_grad/(a*a + b*b)
+        r = a*a + b*b
+        g = _gate(out_grad/r, r)
         return g*b if a.needs else None, -(g*a) if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c115
+# %% ../../nbs/11_elementwise.ipynb #c116
 sin,cos,tan = _map('sin', Sin()),_map('cos', Cos()),_map('tan', Tan())
 arcsin,arccos,arctan = _map('arcsin', Arcsin()),_map('arccos', Arccos()),_map('arctan', Arctan())
 sinh,cosh,tanh = _map('sinh', Sinh()),_map('cosh', Cosh()),_map('tanh', Tanh())
@@ -650,29 +667,52 @@ arctan2 = _zip('arctan2', Arctan2())
 arctan2.__doc__ = r"The angle of the point $(b, a)$, from $-\pi$ to $\pi$"
 _all_ = ['sin', 'cos', 'tan', 'arcsin', 'arccos', 'arctan', 'sinh', 'cosh', 'tanh', 'arcsinh', 'arccosh', 'arctanh']
 
-# %% ../../nbs/11_elementwise.ipynb #c121
+# %% ../../nbs/11_elementwise.ipynb #c122
+def _sign(x):
+    "-1, 0 or 1 as a new array; 0 of NaN"
+    if x.__class__ is np.ndarray and x.size>10000: return (x>0).view('i1') - (x<0).view('i1') # faster than NumPy's sign
+    y = xp(x).asarray(xp(x).sign(x))
+    y[y!=y] = 0 # in the standard it is NaN
+    return y
+
+# %% ../../nbs/11_elementwise.ipynb #c123
+class SignGate(ZipOp):
+    r"$z = a\operatorname{sgn}b$"
+    def compute(self, a, b): return a*_sign(b)
+    def meta(self, a, b): return a
+    def gradient(self, out_grad, node):
+        b = node.inputs[1]
+        return self(out_grad, b), None
+
+_sign_gate = SignGate().__call__
 class Abs(MapOp):
     r"$y = |x|$, with slope 0 at 0"
     def compute(self, x): return xp(x).abs(x)
-    def gradient(self, out_grad, node): return out_grad*sign(node.inputs[0])
+    def gradient(self, out_grad, node): return _sign_gate(out_grad, node.inputs[0])
 
-# %% ../../nbs/11_elementwise.ipynb #c122
+# %% ../../nbs/11_elementwise.ipynb #c124
+class Sign(MapOp):
+    r"$y = \operatorname{sgn} x$: -1, 0 or 1"
+    def compute(self, x): return xp(x).astype(_sign(x), x.dtype)
+    def meta(self, x): return x
+    def gradient(self, out_grad, node): return _zeros(out_grad)
+
 @frozen
 class Step(MapOp):
     "A function that is constant between its jumps"
-    name:str # `sign`, `floor`, `ceil`, `trunc` or `round`
+    name:str # `floor`, `ceil`, `trunc` or `round`
     def compute(self, x): return getattr(xp(x), self.name)(x)
     def gradient(self, out_grad, node): return _zeros(out_grad)
 
-# %% ../../nbs/11_elementwise.ipynb #c123
+# %% ../../nbs/11_elementwise.ipynb #c125
 absolute = _map('absolute', Abs())
 Tensor.abs = Tensor.__abs__ = absolute
-for _name in 'sign floor ceil trunc round'.split():
-    globals()[_name] = _map(_name, Step(_name))
+for _name,_op in dict(sign=Sign(), **{n: Step(n) for n in 'floor ceil trunc round'.split()}).items():
+    globals()[_name] = _map(_name, _op)
     globals()[_name].__doc__ = f"`{_name}`, elementwise; the gradient is 0"
 _all_ = ['sign', 'floor', 'ceil', 'trunc']
 
-# %% ../../nbs/11_elementwise.ipynb #c129
+# %% ../../nbs/11_elementwise.ipynb #c131
 class FloorDivide(ZipOp):
     r"$z = \lfloor a/b\rfloor$"
     def compute(self, a, b): return xp(a).floor_divide(a, b)
@@ -685,7 +725,7 @@ class Mod(ZipOp):
         a,b = node.inputs
         return out_grad, -(out_grad*floor_divide(a, b)) if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c130
+# %% ../../nbs/11_elementwise.ipynb #c132
 floor_divide = Tensor.__floordiv__ = _zip('floor_divide', FloorDivide())
 floor_divide.__doc__ = r"$\lfloor a/b\rfloor$, elementwise"
 mod = Tensor.__mod__ = Tensor.remainder = _zip('mod', Mod())
@@ -693,7 +733,7 @@ mod.__doc__ = r"$a - b\lfloor a/b\rfloor$, elementwise; the sign is that of $b$"
 Tensor.__rfloordiv__ = lambda self, other: floor_divide(other, self)
 Tensor.__rmod__ = lambda self, other: mod(other, self)
 
-# %% ../../nbs/11_elementwise.ipynb #c136
+# %% ../../nbs/11_elementwise.ipynb #c138
 def _share(g, a, b):
     "Of the adjoint `g`, what falls to `a` where the larger of the two is taken: all, half or nothing"
     g = g*.5
@@ -713,7 +753,7 @@ class Minimum(ZipOp):
         a,b = node.inputs
         return _share(out_grad, b, a) if a.needs else None, _share(out_grad, a, b) if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c137
+# %% ../../nbs/11_elementwise.ipynb #c139
 @frozen
 class Clip(MapOp):
     r"$y = \min(\max(x, \text{low}), \text{high})$"
@@ -729,7 +769,23 @@ class Clip(MapOp):
         if self.high is None: return _gate(out_grad, above(x, self.low))
         return _gate(out_grad, above(x, self.low) & below(x, self.high))
 
-# %% ../../nbs/11_elementwise.ipynb #c138
+# %% ../../nbs/11_elementwise.ipynb #c140
+@frozen
+class ClipBetween(TensorOp):
+    r"$y = \min(\max(x, \text{low}), \text{high})$, with bounds that are tensors"
+    low:bool  # whether there is such a bound
+    high:bool
+    def compute(self, x, *bounds):
+        y = xp(x).maximum(x, bounds[0]) if self.low else x
+        return xp(x).minimum(y, bounds[-1]) if self.high else y
+    def gradient(self, out_grad, node):
+        x,low,high = (*node.inputs, node.inputs[-1])[:3]
+        if not self.high:  to = x>=low, x<low
+        elif not self.low: to = x<=high, x>high
+        else: to = (x>=low) & (x<=high), (x<low) & (low<high), (x>high) | (high<low)
+        return tuple(_gate(out_grad, here) if i.needs else None for i,here in zip(node.inputs, to))
+
+# %% ../../nbs/11_elementwise.ipynb #c141
 maximum = _zip('maximum', Maximum())
 maximum.__doc__ = "The larger of `a` and `b`, elementwise; nan if either is"
 minimum = _zip('minimum', Minimum())
@@ -744,12 +800,13 @@ def clip(
     if min is None and max is None: raise ValueError('clip: got neither min nor max, wanted at least one')
     low,high = None if min is None else as_number(min),None if max is None else as_number(max)
     if (low is None)==(min is None) and (high is None)==(max is None): return Clip(low, high)(a)
-    if min is not None: a = where(a<min, min, a)
-    return a if max is None else where(a>max, max, a)
+    op = ClipBetween(min is not None, max is not None)
+    tensors = as_tensor(a, 'clip'),*(as_tensors(a, m, 'clip')[1] for m in (min,max) if m is not None)
+    return op(*(_align3 if len(tensors)>2 else align)(op, *tensors))
 
 Tensor.clip = Tensor.clamp = clip
 
-# %% ../../nbs/11_elementwise.ipynb #c143
+# %% ../../nbs/11_elementwise.ipynb #c146
 class Sigmoid(MapOp):
     r"$y = 1/(1+e^{-x})$"
     def compute(self, x):
@@ -758,7 +815,7 @@ class Sigmoid(MapOp):
         return 1./y
     def gradient(self, out_grad, node): return out_grad*(node*(1. - node))
 
-# %% ../../nbs/11_elementwise.ipynb #c144
+# %% ../../nbs/11_elementwise.ipynb #c147
 def _log1p(e):
     "$\\ln(1+e)$ for $0\\leq e\\leq1$"
     u = e + 1.
@@ -771,7 +828,7 @@ class LogSigmoid(MapOp):
     def compute(self, x): return xp(x).minimum(x, 0.) - _log1p(xp(x).exp(-xp(x).abs(x)))
     def gradient(self, out_grad, node): return out_grad*sigmoid(-node.inputs[0])
 
-# %% ../../nbs/11_elementwise.ipynb #c145
+# %% ../../nbs/11_elementwise.ipynb #c148
 @frozen
 class Softplus(MapOp):
     r"$y = \frac1\beta\ln(1+e^{\beta x})$, and $x$ where $\beta x$ is above the threshold"
@@ -780,7 +837,7 @@ class Softplus(MapOp):
     def compute(self, x):
         t = x if self.beta==1 else x*self.beta
         y = _log1p(xp(x).exp(-xp(x).abs(t)))
-        y *= t <= self.threshold
+        y = _keep(y, t <= self.threshold)
         y += xp(x).maximum(t, 0.)
         return y if self.beta==1 else y/self.beta
     def gradient(self, out_grad, node):
@@ -788,7 +845,7 @@ class Softplus(MapOp):
         t = x if self.beta==1 else x*self.beta
         return where(t>self.threshold, out_grad, out_grad*sigmoid(t))
 
-# %% ../../nbs/11_elementwise.ipynb #c146
+# %% ../../nbs/11_elementwise.ipynb #c149
 class LogAddExp(ZipOp):
     r"$z = \ln(e^a+e^b)$"
     def compute(self, a, b): return xp(a).logaddexp(a, b)
@@ -796,7 +853,7 @@ class LogAddExp(ZipOp):
         a,b = node.inputs
         return out_grad*sigmoid(a-b) if a.needs else None, out_grad*sigmoid(b-a) if b.needs else None
 
-# %% ../../nbs/11_elementwise.ipynb #c147
+# %% ../../nbs/11_elementwise.ipynb #c150
 sigmoid    = _map('sigmoid', Sigmoid())
 logsigmoid = _map('logsigmoid', LogSigmoid())
 logaddexp  = _zip('logaddexp', LogAddExp())
@@ -812,53 +869,55 @@ def softplus(
 
 Tensor.softplus = softplus
 
-# %% ../../nbs/11_elementwise.ipynb #c153
-_near = ((1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2, 3.20937758913846947e3),
-         (1., 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3, 2.84423683343917062e3))
-_beyond = ((2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594e0, 6.61191906371416295e1, 2.98635138197400131e2,
-            8.81952221241769090e2, 1.71204761263407058e3, 2.05107837782607147e3, 1.23033935479799725e3),
-           (1., 1.57449261107098347e1, 1.17693950891312499e2, 5.37181101862009858e2, 1.62138957456669019e3,
-            3.29079923573345963e3, 4.36261909014324716e3, 3.43936767414372164e3, 1.23033935480374942e3))
+# %% ../../nbs/11_elementwise.ipynb #c156
+_grid = np.arange(-6*1024, 6*1024+1)/1024
+_erf_there,_slope_there = np.array([math.erf(x) for x in _grid]),2/math.sqrt(math.pi)*np.exp(-_grid*_grid)
+_erf_there[6*1024] = -0. # to which -0. can be added
 _artanh_erf = (1.418487722e-07, -5.668411386e-06, 8.763690686e-05, -6.197834584e-04, -1.918323023e-04, 1.027690565e-01, 1.128379274)
 
-# %% ../../nbs/11_elementwise.ipynb #c154
+# %% ../../nbs/11_elementwise.ipynb #c157
 def _polynomial(c, x):
     "Horner's rule, highest power first"
     y = x*c[0]; y += c[1]
     for k in c[2:]: y *= x; y += k
     return y
 
-def _erf_near(x):
-    s = x*x
-    return x*_polynomial(_near[0], s)/_polynomial(_near[1], s)
+def _erf_from_table(x):
+    "For float64"
+    space = xp(x)
+    d = space.minimum(space.maximum(space.reshape(x, (-1,)), -6.), 6.)
+    s = d + 1.5*2**42; s -= 1.5*2**42 # a float64 of this size has no digits beyond 1/1024
+    k = space.astype(space.where(d==d, s, 0.)*1024 + 6*1024, space.int64)
+    d -= s; s *= d; e = d*d
+    q = s*-.5; q -= e*.1; q += 1/3; q *= e
+    y = s*(-1/3); y += 2/3; y *= s; y -= 1; y *= s; y += 1; y -= q; y *= d
+    y *= space.take(space.asarray(_slope_there), k); y += space.take(space.asarray(_erf_there), k)
+    return space.reshape(y, x.shape)
 
-def _erf_beyond(x):
-    r = np.minimum(np.abs(x), 6.) # erf 6 = 1 in float64
-    return np.copysign(1. - np.exp(-r*r)*_polynomial(_beyond[0], r)/_polynomial(_beyond[1], r), x)
-
-# %% ../../nbs/11_elementwise.ipynb #c155
+# %% ../../nbs/11_elementwise.ipynb #c158
 class Erf(MapOp):
     r"$y = \operatorname{erf}x = \frac2{\sqrt\pi}\int_0^x e^{-t^2}dt$"
-    def compute(self, x): # NumPy's functions; the standard has no erf
-        if x.dtype.kind!='f': x = x.astype(np.float64)
-        if x.itemsize>4: return np.piecewise(x, [np.abs(x) < .46875], [_erf_near, _erf_beyond])
-        x = np.minimum(np.maximum(x, -4.05), 4.05)
-        return np.tanh(x*_polynomial(_artanh_erf, x*x))
+    def compute(self, x): # the standard has no erf
+        space,dtype = xp(x),dtype_of(x)
+        if dtype.kind!='f': x = space.astype(x, space.float64)
+        if dtype.kind!='f' or dtype.itemsize>4: return _erf_from_table(x)
+        x = space.minimum(space.maximum(x, -4.05), 4.05)
+        return space.tanh(x*_polynomial(_artanh_erf, x*x))
     def meta(self, x): return x if x.dtype.kind=='f' else xp(x).astype(x, np.float64)
     def gradient(self, out_grad, node):
         x = node.inputs[0]
         return out_grad*(exp(-(x*x))*(2/math.sqrt(math.pi)))
 
-# %% ../../nbs/11_elementwise.ipynb #c156
+# %% ../../nbs/11_elementwise.ipynb #c159
 erf = _map('erf', Erf())
 
-# %% ../../nbs/11_elementwise.ipynb #c160
+# %% ../../nbs/11_elementwise.ipynb #c163
 class ReLU(MapOp):
     r"$y = \max(x, 0)$, with slope 0 at 0"
     def compute(self, x): return xp(x).maximum(x, _zero(x))
     def gradient(self, out_grad, node): return _gate(out_grad, node)
 
-# %% ../../nbs/11_elementwise.ipynb #c161
+# %% ../../nbs/11_elementwise.ipynb #c164
 _relu = ReLU().__call__
 def relu(
     a:Tensor, # any shape
@@ -868,7 +927,7 @@ def relu(
 
 Tensor.relu = relu
 
-# %% ../../nbs/11_elementwise.ipynb #c165
+# %% ../../nbs/11_elementwise.ipynb #c168
 @frozen
 class LeakyReLU(MapOp):
     r"$y = x$ for $x>0$, else $s\,x$"
@@ -878,7 +937,7 @@ class LeakyReLU(MapOp):
         return (space.maximum if s<=1 else space.minimum)(x, x*s)
     def gradient(self, out_grad, node): return where(node.inputs[0]>0., out_grad, out_grad*self.negative_slope)
 
-# %% ../../nbs/11_elementwise.ipynb #c166
+# %% ../../nbs/11_elementwise.ipynb #c169
 @frozen
 class ELU(MapOp):
     r"$y = s\,x$ for $x>0$, else $s\,\alpha\,(e^{rx}-1)$"
@@ -897,7 +956,16 @@ class ELU(MapOp):
         if self.rate!=1: left = left*self.rate
         return where(node.inputs[0]>0., out_grad if self.scale==1 else out_grad*self.scale, left)
 
-# %% ../../nbs/11_elementwise.ipynb #c167
+# %% ../../nbs/11_elementwise.ipynb #c170
+class PReLU(ZipOp):
+    r"$z = a$ for $a>0$, else $wa$"
+    def compute(self, a, w): return _choose(a>0, a, a*w)
+    def gradient(self, out_grad, node):
+        a,w = node.inputs
+        right = a>0.
+        return where(right, out_grad, out_grad*w) if a.needs else None, _gate(out_grad*a, ~right) if w.needs else None
+
+# %% ../../nbs/11_elementwise.ipynb #c171
 def leaky_relu(
     a:Tensor,            # any shape
     negative_slope=.01,  # slope for negative numbers
@@ -909,10 +977,10 @@ def prelu(
     a:Tensor,      # any shape
     weight:Tensor, # one element, or as many as axis 1 of `a` has
 ) -> Tensor:       # same shape as `a`
-    "`leaky_relu` with a slope to be learned; a composition"
+    "`leaky_relu` with a slope to be learned"
     channels = a.shape[1] if a.ndim>1 else 1
     if weight.size not in (1,channels): raise ValueError(f'prelu: a weight of {weight.shape} for a tensor of {a.shape}, wanted 1 or {channels} elements')
-    return where(a>0., a, a*reshape(weight, (-1,) + (1,)*(a.ndim-2) if a.ndim>1 else (1,)*a.ndim))
+    return PReLU()(a, reshape(weight, (-1,) + (1,)*(a.ndim-2) if a.ndim>1 else (1,)*a.ndim))
 
 def elu(
     a:Tensor,  # any shape
@@ -964,14 +1032,14 @@ def hardswish(
 
 for _f in (leaky_relu, prelu, elu, selu, celu, hardtanh, relu6, hardsigmoid, hardswish): setattr(Tensor, _f.__name__, _f)
 
-# %% ../../nbs/11_elementwise.ipynb #c174
+# %% ../../nbs/11_elementwise.ipynb #c178
 def silu(
     a:Tensor, # any shape
 ) -> Tensor:  # same shape
     r"$a\,\sigma(a)$, elementwise; a composition"
     return a*sigmoid(a)
 
-# %% ../../nbs/11_elementwise.ipynb #c175
+# %% ../../nbs/11_elementwise.ipynb #c179
 def gelu(
     a:Tensor,           # any shape
     approximate='none', # or 'tanh'
@@ -982,19 +1050,19 @@ def gelu(
     c = math.sqrt(2/math.pi)
     return a*(tanh(a*(a*a*(c*.044715) + c))*.5 + .5)
 
-# %% ../../nbs/11_elementwise.ipynb #c176
+# %% ../../nbs/11_elementwise.ipynb #c180
 def mish(
     a:Tensor, # any shape
 ) -> Tensor:  # same shape
     "`a*tanh(softplus(a))`, elementwise; a composition"
     return a*tanh(softplus(a))
 
-# %% ../../nbs/11_elementwise.ipynb #c177
+# %% ../../nbs/11_elementwise.ipynb #c181
 def softsign(
     a:Tensor, # any shape
 ) -> Tensor:  # same shape
     "`a/(1+|a|)`, elementwise; a composition"
     return a/(absolute(a) + 1.)
 
-# %% ../../nbs/11_elementwise.ipynb #c178
+# %% ../../nbs/11_elementwise.ipynb #c182
 for _f in (silu, gelu, mish, softsign): setattr(Tensor, _f.__name__, _f)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from ..autograd import Tensor, TensorOp, UnaryOp, frozen
 from ..device import Meta, xp
-from .elementwise import ZipOp, align, as_number, as_tensor, astype, exp
+from .elementwise import ZipOp, _keep, _near, _sign_gate, _zeros, align, as_number, as_tensor, astype, exp
 from .shape import as_axes, broadcast_to, reshape, restore_axes, summation
 
 # %% ../../nbs/12_reduce.ipynb #c006
@@ -219,14 +219,13 @@ class Norm(UnaryOp):
     def gradient(self, out_grad, node):
         x,p = node.inputs[0],self.ord
         g,y = (restore_axes(t, x.shape, self.axes) for t in (out_grad, node))
-        sign = astype(x>0, x.dtype) - astype(x<0, x.dtype)
-        if p==0: return sign*0
-        if p==1: return g*sign
+        if p==0: return _zeros(x)
+        if p==1: return _sign_gate(g, x)
         if np.isinf(p):
-            chosen = astype(x*sign==y, x.dtype)
-            return sign*chosen*(g/summation(chosen, self.axes, True))
+            chosen = astype((abs(x)==y) | (x!=x), x.dtype)
+            return _sign_gate(chosen*(g/summation(chosen, self.axes, True)), x)
         g,y = g*(y!=0),y + (y==0)
-        return x*(g/y) if p==2 else g*sign*(x*sign/y + (x==0))**(p-1)
+        return x*(g/y) if p==2 else _sign_gate(g*(abs(x)/y + (x==0))**(p-1), x)
 
 # %% ../../nbs/12_reduce.ipynb #c040
 def norm(
@@ -327,7 +326,9 @@ class SoftmaxCrossEntropy(ZipOp):
     def compute(self, z, t):
         z = z - xp(z).max(z, axis=-1, keepdims=True)
         y = xp(z).log(xp(z).sum(xp(z).exp(z), axis=-1, keepdims=True)) - z
-        return xp(z).sum(y*t) / z.shape[0]
+        with np.errstate(invalid='ignore'): loss = xp(z).sum(y*t)
+        if loss!=loss: loss = xp(z).sum(_keep(y, t!=0)*t) # 0·∞ is 0 here: an impossible class costs nothing if it is not the true one
+        return loss / z.shape[0]
     def gradient(self, out_grad, node):
         z,t = node.inputs
         g = out_grad / z.shape[0]
@@ -342,14 +343,14 @@ def cross_entropy(
 ) -> Tensor:       # without axes
     "Mean cross-entropy of scores, in nats"
     if logits.ndim!=2: raise ValueError(f'cross_entropy: logits have shape {logits.shape}, wanted (n, k)')
-    target = as_tensor(target, 'cross_entropy')
+    target = as_tensor(target, 'cross_entropy', logits)
     n,k = logits.shape
     if target.shape==(n,) and target.dtype.kind in 'iu':
         y = target.numpy()
-        if n and not (0 <= y.min() and y.max() < k): raise ValueError(f'cross_entropy: class numbers from {y.min()} to {y.max()}, wanted 0 to {k-1} for logits of shape {logits.shape}')
+        if n and y.astype(np.uint64).max() >= k: raise ValueError(f'cross_entropy: class numbers from {y.min()} to {y.max()}, wanted 0 to {k-1} for logits of shape {logits.shape}')
         t = np.zeros((n,k), logits.dtype)
         t[np.arange(n),y] = 1
-        target = Tensor.make_const(t)
+        target = _near(t, logits)
     elif target.shape!=(n,k) or target.dtype.kind!='f':
         raise ValueError(f'cross_entropy: target is {target.shape} {target.dtype} for logits of shape {logits.shape}; wanted integers ({n},) or floating-point probabilities ({n}, {k})')
     return _cross_entropy(logits, target)
@@ -447,6 +448,10 @@ class AddAlongAxis(TensorOp):
     size:int # of that axis in the result
     def compute(self, y, places):
         shape,k,axis = list(y.shape),y.shape[self.axis],self.axis % y.ndim
+        if y.__class__ is not np.ndarray: # the standard has no scatter
+            space = xp(y)
+            here = space.reshape(space.arange(self.size), (self.size,) + (1,)*(y.ndim-axis)) == space.expand_dims(places, axis=axis)
+            return space.sum(space.where(here, space.expand_dims(y, axis=axis), 0.), axis=axis+1)
         shape[axis],rows,columns = self.size,product(shape[:axis]),product(shape[axis+1:])
         places = places.reshape(rows, k, columns) + np.arange(rows)[:,None,None]*self.size
         return _add_at(tuple(shape), places*columns + np.arange(columns), y)
@@ -472,16 +477,19 @@ def as_axis(
     return axis % a.ndim
 
 def as_places(
-    name:str, # of the function that asks, for the message
-    places,   # integers, a tensor or what becomes one
-    n:int,    # how many places there are
+    name:str,  # of the function that asks, for the message
+    places,    # integers, a tensor or what becomes one
+    n:int,     # how many places there are
+    near=None, # a tensor; what is none lives there
 ) -> Tensor:
     "Integers from 0 to n-1 as a tensor"
-    places = as_tensor(places, name)
+    places = as_tensor(places, name, near)
     if not places.size and places.dtype.kind=='f': places = astype(places.detach(), np.int64)
     if places.dtype.kind not in 'iu': raise TypeError(f'{name}: places are {places.shape} {places.dtype}, wanted integers')
     p = places.cached_data
-    if p is not None and p.size and not (0 <= p.min() and p.max() < n): raise IndexError(f'{name}: places from {p.min()} to {p.max()}, wanted 0 to {n-1}')
+    if p is None or 0 in p.shape: return places
+    first,last = int(xp(p).min(p)),int(xp(p).max(p))
+    if not 0 <= first <= last < n: raise IndexError(f'{name}: places from {first} to {last}, wanted 0 to {n-1}')
     return places
 
 # %% ../../nbs/12_reduce.ipynb #c089
@@ -492,7 +500,7 @@ def take_along_axis(
 ) -> Tensor:     # shape of `places`, broadcast
     "Numbers at given places along an axis"
     axis = as_axis('take_along_axis', a, axis)
-    places = as_places('take_along_axis', places, a.shape[axis])
+    places = as_places('take_along_axis', places, a.shape[axis], a)
     if places.ndim!=a.ndim: raise ValueError(f'take_along_axis: places {places.shape} for shape {a.shape}; wanted as many axes')
     s,t = (x.shape[:axis]+x.shape[axis+1:] for x in (a,places))
     if s!=t:
@@ -548,9 +556,10 @@ class ArgTopK(UnaryOp):
     axis:int = -1
     largest:bool = True
     differentiable = False
-    def compute(self, x): # NumPy only: the standard has no partition
+    def compute(self, x):
         n,k,axis = x.shape[self.axis],self.k,self.axis
-        if k==0 or k==n: return np.take(ArgSort(axis, self.largest).compute(x), np.arange(k), axis)
+        if k in (0,n) or x.__class__ is not np.ndarray: # the standard has no partition
+            return ArgSort(axis, self.largest).compute(x)[(*(slice(None),)*(axis % x.ndim), slice(k), ...)]
         best = np.argpartition(x, n-k if self.largest else k-1, axis=axis)
         best = np.sort(np.take(best, np.arange(n-k, n) if self.largest else np.arange(k), axis), axis)
         return np.take_along_axis(best, ArgSort(axis, self.largest).compute(np.take_along_axis(x, best, axis)), axis)
@@ -572,12 +581,13 @@ def topk(
 Tensor.topk = topk
 
 # %% ../../nbs/12_reduce.ipynb #c103
-def _lower_median(x, axis): # NumPy only
+def _lower_median(x, axis):
     "The lower median along an axis, which stays with size 1; NaN if one is there"
-    k,n = (x.shape[axis]-1)//2,x.shape[axis]
-    y = np.take(np.partition(x, (k, n-1), axis=axis), [k,n-1], axis) # NaN is last
-    middle,last = np.split(y, 2, axis)
-    return np.where(last==last, middle, last)
+    n = x.shape[axis]
+    k = (n-1)//2
+    y = np.partition(x, (k, n-1), axis=axis) if x.__class__ is np.ndarray else xp(x).sort(x, axis=axis) # NaN is last
+    middle,last = (y[(*(slice(None),)*axis, slice(i, i+1), ...)] for i in (k,n-1))
+    return xp(x).where(last==last, middle, last)
 
 def _same(x, y): return (x==y) | ((x!=x) & (y!=y))
 
@@ -587,13 +597,15 @@ class ArgMedian(UnaryOp):
     "Place of the lower median along an axis, which stays with size 1; the first, if several tie"
     axis:int
     differentiable = False
-    def compute(self, x): return (_same(x, _lower_median(x, self.axis))).argmax(axis=self.axis, keepdims=True)
+    def compute(self, x): return xp(x).argmax(xp(x).astype(_same(x, _lower_median(x, self.axis)), xp(x).int8), axis=self.axis, keepdims=True)
     def meta(self, x): return Meta([1 if i==self.axis else n for i,n in enumerate(x.shape)], np.int64)
 
 # %% ../../nbs/12_reduce.ipynb #c105
 class Median(UnaryOp):
     "The lower median of all numbers; those equal to it share the adjoint"
-    def compute(self, x): return _lower_median(x.reshape(-1), 0).reshape(()) if x.size else np.asarray(np.nan, x.dtype)
+    def compute(self, x):
+        if 0 in x.shape: return xp(x).asarray(np.nan, dtype=x.dtype)
+        return xp(x).reshape(_lower_median(xp(x).reshape(x, (-1,)), 0), ())
     def meta(self, x): return Meta((), x.dtype)
     def gradient(self, out_grad, node):
         x = node.inputs[0]
@@ -645,46 +657,44 @@ class Shift(UnaryOp):
     axis:int
     reverse:bool = False # $y_i = x_{i+1}$, and the last one a constant
     fill:float = 0.      # the constant
-    def compute(self, x): # writes into its own result: NumPy
-        y = np.empty_like(x)
-        to,source = (_running(t, self.axis, self.reverse) for t in (y,x))
-        to[1:],to[:1] = source[:-1],self.fill
+    def compute(self, x):
+        y,n,before = xp(x).empty_like(x),x.shape[self.axis],(slice(None),)*(self.axis % x.ndim)
+        i = int(n>0)
+        to,source,edge = slice(i, n),slice(0, n-i),slice(0, i)
+        if self.reverse: to,source,edge = source,to,slice(n-i, n)
+        y[(*before, to, ...)],y[(*before, edge, ...)] = x[(*before, source, ...)],self.fill
         return y
     def meta(self, x): return x
     def gradient(self, out_grad, node): return Shift(self.axis, not self.reverse)(out_grad)
 
-# %% ../../nbs/12_reduce.ipynb #c115
-def _running(x, axis, reverse):
-    "A view of `x` with the axis to run along first, in the direction of the run"
-    x = x.swapaxes(axis, 0)
-    return x[::-1] if reverse else x
-
-# %% ../../nbs/12_reduce.ipynb #c117
+# %% ../../nbs/12_reduce.ipynb #c116
 def _scan(a, b):
     "s[i] = a[i]*s[i-1] + b[i] along the first axis"
-    s,n = b.copy(),len(b)
+    s,n = xp(b).asarray(b, copy=True),b.shape[0]
     if n<2: return s
-    even,odd = slice(0, n-1, 2),slice(1, n, 2)
+    even,odd,later = (slice(0, n-1, 2), ...),(slice(1, n, 2), ...),(slice(2, n, 2), ...)
     s[odd] = _scan(a[odd]*a[even], a[odd]*b[even] + b[odd])
-    s[2::2] += a[2::2]*s[1:n-1:2]
+    s[later] += a[later]*s[1:n-1:2,...]
     return s
 
-# %% ../../nbs/12_reduce.ipynb #c118
+# %% ../../nbs/12_reduce.ipynb #c117
 @frozen
 class LinearScan(TensorOp):
     r"$s_i = a_i s_{i-1} + b_i$ along an axis; the adjoint runs the other way"
     axis:int
     reverse:bool = False # $s_i = a_i s_{i+1} + b_i$
-    def compute(self, a, b): # NumPy
-        s = _scan(*(_running(t, self.axis, self.reverse) for t in (a,b)))
-        return (s[::-1] if self.reverse else s).swapaxes(self.axis, 0)
+    def compute(self, a, b):
+        space,axis = xp(a),self.axis % a.ndim
+        order = (axis, *range(1, axis), 0, *range(axis+1, a.ndim)) if axis else tuple(range(a.ndim)) # swaps the axis and the first
+        def turn(t): return t if not self.reverse else t[::-1] if t.__class__ is np.ndarray else space.flip(t, axis=0) # torch has no steps of -1
+        return space.permute_dims(turn(_scan(*(turn(space.permute_dims(t, order)) for t in (a,b)))), order)
     def meta(self, a, b): return b
     def gradient(self, out_grad, node):
         a,b = node.inputs
         g = LinearScan(self.axis, not self.reverse)(Shift(self.axis, not self.reverse)(a), out_grad)
         return g*Shift(self.axis, self.reverse)(node) if a.needs else None, g
 
-# %% ../../nbs/12_reduce.ipynb #c119
+# %% ../../nbs/12_reduce.ipynb #c118
 def linear_scan(
     a,                  # factors
     b,                  # what is added; `a` and `b` broadcast
@@ -695,7 +705,7 @@ def linear_scan(
     a,b = align('linear_scan', as_tensor(a, 'linear_scan'), as_tensor(b, 'linear_scan'))
     return LinearScan(as_axis('linear_scan', a, axis), reverse)(a, b)
 
-# %% ../../nbs/12_reduce.ipynb #c123
+# %% ../../nbs/12_reduce.ipynb #c122
 @frozen
 class CumProd(UnaryOp):
     r"$y_k = \prod_{i\le k} x_i$ along an axis"
@@ -708,7 +718,7 @@ class CumProd(UnaryOp):
         x,axis,reverse = node.inputs[0],self.axis,self.reverse
         return Shift(axis, reverse, 1.)(node) * LinearScan(axis, not reverse)(Shift(axis, not reverse)(x), out_grad)
 
-# %% ../../nbs/12_reduce.ipynb #c124
+# %% ../../nbs/12_reduce.ipynb #c123
 @frozen
 class Prod(UnaryOp):
     r"$y = \prod_i x_i$ along an axis"
@@ -720,7 +730,7 @@ class Prod(UnaryOp):
         left,right = (Shift(self.axis, reverse, 1.)(CumProd(self.axis, reverse)(x)) for reverse in (False,True))
         return left*right*restore_axes(out_grad, x.shape, (self.axis,))
 
-# %% ../../nbs/12_reduce.ipynb #c125
+# %% ../../nbs/12_reduce.ipynb #c124
 def cumprod(
     a:Tensor,           # any shape with at least one axis
     axis:int,           # to run along
@@ -731,7 +741,7 @@ def cumprod(
 
 Tensor.cumprod = cumprod
 
-# %% ../../nbs/12_reduce.ipynb #c126
+# %% ../../nbs/12_reduce.ipynb #c125
 def prod(
     a:Tensor,            # any shape
     axes=None,           # an axis or several; all of them if `None`
