@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from ..autograd import Tensor, TensorOp, UnaryOp, frozen
 from ..device import Meta, dtype_of, xp
-from .elementwise import astype
+from .elementwise import _near, astype
 from .shape import _ints, pad, reshape, summation
 from .reduce import mean
 from .index import _turns
@@ -396,10 +396,6 @@ def max_pool1d(
     return MaxPool(_pool_windows('max_pool1d', 1, x, kernel, stride, padding, dilation))(x)
 
 # %% ../../nbs/15_conv.ipynb #c054
-def _near(a, x):
-    "An array of NumPy's as a constant tensor where the tensor `x` lives"
-    return Tensor.make_const(a if x.cached_data is None else xp(x.cached_data).asarray(a))
-
 def _avg_pool(name, d, x, kernel, stride, padding, count_include_pad):
     w = _pool_windows(name, d, x, kernel, stride, padding, 1)
     k,counts = _size(w.kernel),w.count(x.shape[2:])

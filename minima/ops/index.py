@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..autograd import Tensor, TensorOp, UnaryOp, frozen, is_grad_enabled, may_write, note_write
 from ..device import Meta, xp
-from .elementwise import align, as_tensor, astype, where, _zeros
+from .elementwise import _near, _zeros, align, as_tensor, astype, where
 from .reduce import TakeAlongAxis, _add_at, as_axis, as_places
 from .shape import broadcast_to, reshape
 
@@ -123,7 +123,7 @@ class SetItem(TensorOp):
     def gradient(self, out_grad, node):
         x,v = node.inputs
         g = GetItem(self.index)(out_grad) if v.needs else None
-        if g is not None and _may_repeat(self.index): g = where(_survivors(self.index, x.shape), g, 0.)
+        if g is not None and _may_repeat(self.index): g = where(_near(_survivors(self.index, x.shape), g), g, 0.)
         return self(out_grad, _zeros(v)) if x.needs else None, g
 
 # %% ../../nbs/14_indexing.ipynb #c021
@@ -158,7 +158,7 @@ Tensor.index_put = index_put
 def _check_places(name, x, axis, places):
     "The axis from the front, and the places as a tensor of integers that fits beside `x`"
     axis = as_axis(name, x, axis)
-    places = as_places(name, places, x.shape[axis])
+    places = as_places(name, places, x.shape[axis], x)
     if places.ndim!=x.ndim or any([n>m for k,(n,m) in enumerate(zip(places.shape, x.shape)) if k!=axis]):
         raise ValueError(f'{name}: places {places.shape} beside x {x.shape}, axis {axis}; wanted as many axes, and sizes not above those of x but along the axis')
     return axis,places
