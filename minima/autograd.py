@@ -58,7 +58,9 @@ def frozen(cls):
 
 # %% ../nbs/03_tensor.ipynb #c011
 RECORD, LAZY, ANOMALY = 1, 2, 4
-class _Mode(threading.local): level = RECORD
+class _Mode(threading.local):
+    level = RECORD
+    read = 1 # rank of the newest reading of numbers through which a gradient flows; later is smaller
 mode = _Mode()
 
 # %% ../nbs/03_tensor.ipynb #c012
@@ -281,13 +283,14 @@ def requires_grad_(self:Tensor, requires_grad=True)->Tensor:
 def numpy(self:Tensor)->np.ndarray:
     "The array; read-only if gradients depend on it, otherwise shared and writable"
     a = np.asarray(self.realize_cached_data())
-    if self.needs: a = a.view(); a.flags.writeable = False
+    if self.needs: a = a.view(); a.flags.writeable = False; mode.read = next_rank()
     return a
 
 @patch
 def item(self:Tensor):
     "The only element, as a number of Python"
     if self.size!=1: raise ValueError(f'item: a tensor of shape {self.shape} has {self.size} elements, not one')
+    if self.needs: mode.read = next_rank()
     return np.asarray(self.realize_cached_data()).item()
 
 @patch
@@ -309,7 +312,7 @@ def detach(self:Tensor)->Tensor:
 @patch
 def __repr__(self:Tensor):
     "The array, between `minima.Tensor(` and `)`"
-    return f'minima.Tensor(\n{self.numpy()})'
+    return f'minima.Tensor(\n{np.asarray(self.realize_cached_data())})'
 
 @patch
 def __len__(self:Tensor):
@@ -391,27 +394,20 @@ class _Freed(Op):
 _freed = _Freed()
 
 # %% ../nbs/03_tensor.ipynb #c043
-def _propagate(root, out_grad, create_graph, retain_graph):
-    "Adjoints of the leaves under `root`, as `{id: (leaf, adjoint)}`"
-    leaves = {}
-    if root.op is None: return {id(root): (root, out_grad)}
+def _propagate(inputs, grads, create_graph, retain_graph, ends=(), oldest=None):
+    "Adjoints of the leaves under `inputs`, given theirs, and of `ends`, behind which it does not go, nor behind rank `oldest`: `{id: (tensor, adjoint)}`"
+    leaves, heap, waiting, last = {}, [], {}, _writes.last
     level = mode.level
     lazy = level & LAZY
-    if not lazy: root.realize_cached_data()
-    heap, waiting, last = [root.rank], {root.rank: (root, out_grad)}, _writes.last
+    if not lazy:
+        for i in inputs:
+            if i.cached_data is None: i.realize_cached_data()
+    if oldest is not None: # newer is smaller; what is older than `last` is looked at twice
+        stops = {v.rank for v in ends if v.op is not None}
+        last = min(last, oldest, *(r-1 for r in stops))
     mode.level = lazy | level & ANOMALY | (RECORD if create_graph else 0)
     try:
-        while heap:
-            rank = heappop(heap)
-            node, g = waiting.pop(rank)
-            if rank > last: _check_unwritten(node)
-            op, inputs = node.op, node.inputs
-            if _hooks: g = _run_hooks(node, g)
-            try: grads = op.gradient(g, node)
-            except FloatingPointError as e: raise _in_backward(e, op, node) from None
-            if grads.__class__ is not tuple: grads = grads,
-            if len(grads) != len(inputs): raise RuntimeError(f'{op!r}.gradient returned {len(grads)} gradients for {len(inputs)} inputs')
-            if not (retain_graph or lazy): node.op,node.inputs = _freed,()
+        while True:
             for i,h in zip(inputs, grads):
                 if h is None or not i.needs: continue
                 if i.op is None:
@@ -424,6 +420,22 @@ def _propagate(root, out_grad, create_graph, retain_graph):
                     else: heappush(heap, key)
                     waiting[key] = i,h
             node = g = h = i = inputs = grads = None # let their arrays go before the next rule runs
+            if not heap: break
+            rank = heappop(heap)
+            node, g = waiting.pop(rank)
+            if rank > last:
+                if oldest is not None and (rank in stops or rank > oldest):
+                    if rank in stops: leaves[id(node)] = node,g
+                    inputs = grads = ()
+                    continue
+                _check_unwritten(node)
+            op, inputs = node.op, node.inputs
+            if _hooks: g = _run_hooks(node, g)
+            try: grads = op.gradient(g, node)
+            except FloatingPointError as e: raise _in_backward(e, op, node) from None
+            if grads.__class__ is not tuple: grads = grads,
+            if len(grads) != len(inputs): raise RuntimeError(f'{op!r}.gradient returned {len(grads)} gradients for {len(inputs)} inputs')
+            if not (retain_graph or lazy): node.op,node.inputs = _freed,()
     finally: mode.level = level
     return leaves
 
@@ -464,7 +476,7 @@ def backward(self:Tensor,
     if not self.needs: raise RuntimeError('backward: this tensor does not require a gradient, and nothing in its history does')
     out_grad = _check_out_grad(self, out_grad)
     if retain_graph is None: retain_graph = create_graph
-    leaves = _propagate(self, out_grad, create_graph, retain_graph)
+    leaves = _propagate((self,), (out_grad,), create_graph, retain_graph)
     while leaves:
         leaf,g = leaves.popitem()[1]
         if _hooks: g = _run_hooks(leaf, g)

@@ -97,7 +97,7 @@ def explain(
     called = letters | {id(x):'x', id(y):'y'} | called
     adjoints = {}
     handles = [n.register_hook(lambda g, n=n: adjoints.update({id(n): g.numpy()})) for n in path if n.op is not None and n.needs]
-    try: leaves = _propagate(y, _check_out_grad(y, out_grad), False, True)
+    try: leaves = _propagate((y,), (_check_out_grad(y, out_grad),), False, True)
     finally:
         for h in handles: h.remove()
     adjoints |= {key: g.numpy() for key,(n,g) in leaves.items() if key in between}

@@ -6,13 +6,13 @@
 __all__ = ['value_and_grad', 'grad', 'elementwise_grad', 'vjp', 'jvp', 'jacobian', 'hessian', 'hvp', 'Checkpoint', 'checkpoint']
 
 # %% ../nbs/20_functional.ipynb #c003
-from heapq import heappop, heappush
 import numpy as np
-from .autograd import LAZY, RECORD, Op, Tensor, TensorOp, TensorTuple, _check_unwritten, _writes, enable_grad, frozen, is_grad_enabled, mode, next_rank, no_grad, tuple_get_item, using
+from .autograd import LAZY, Op, Tensor, TensorOp, TensorTuple, _propagate, enable_grad, frozen, is_grad_enabled, mode, next_rank, no_grad, tuple_get_item
 from .device import xp
 from .ops.elementwise import as_tensor
+from .ops.fold import _outside, _same
 from .ops.index import GetItem
-from .ops.shape import Reshape, permute, reshape
+from .ops.shape import permute, reshape
 
 # %% ../nbs/20_functional.ipynb #c006
 def _leaves(tree):
@@ -47,8 +47,6 @@ def _outline(tree):
     return f'dict with keys {list(tree)}' if isinstance(tree, dict) else f'{tree.shape} {tree.dtype}' if hasattr(tree, 'dtype') else type(tree).__name__
 
 # %% ../nbs/20_functional.ipynb #c008
-def _same(x): return Tensor.make_from_op(Reshape(x.shape), (x,))
-
 def _variable(x, name):
     "A new node with the numbers of `x`"
     x = as_tensor(x, name)
@@ -57,35 +55,11 @@ def _variable(x, name):
     v.needs = True
     return v
 
-# %% ../nbs/20_functional.ipynb #c009
-def _outside(ys, xs, start):
-    "Tensors that `ys` depend on and that need a gradient, other than `xs` and what was made since rank `start`"
-    stack,seen = list(ys),{id(x) for x in xs}
-    while stack:
-        v = stack.pop()
-        if id(v) in seen or not v.needs: continue
-        seen.add(id(v))
-        if v.op is None or v.rank > start: yield v
-        else: stack.extend(v.inputs)
-
 # %% ../nbs/20_functional.ipynb #c010
 def _walk(ys, gs, xs, start, create_graph):
     "The adjoints of `xs`, given those of `ys`: backward, newest node first, through nothing older than rank `start`"
-    found,heap,waiting = {id(x):None for x in xs},[],{}
-    def add(v, g):
-        if g is None or not v.needs: return
-        if id(v) in found: found[id(v)] = g if found[id(v)] is None else found[id(v)] + g
-        elif v.op is not None and v.rank < start: # newer is smaller
-            if v.rank in waiting: g = waiting[v.rank][1] + g
-            else: heappush(heap, v.rank)
-            waiting[v.rank] = v,g
-    with using(on=RECORD) if create_graph else using(off=RECORD):
-        for y,g in zip(ys, gs): add(y, g)
-        while heap:
-            v,g = waiting.pop(heappop(heap))
-            if v.rank > _writes.last: _check_unwritten(v)
-            for i,h in zip(v.inputs, v.op.gradient_as_tuple(g, v)): add(i, h)
-    return [found[id(x)] for x in xs]
+    found = _propagate(ys, gs, create_graph, True, xs, start)
+    return [found[id(x)][1] if id(x) in found else None for x in xs]
 
 # %% ../nbs/20_functional.ipynb #c012
 class _Linear:
