@@ -18,7 +18,7 @@ from .ops.reduce import *
 from .ops.linalg import *
 from .ops.index import *
 from .ops.conv import *
-from .testing import Checked, _compare, check_op
+from .testing import Checked, _compare, _derivatives, check_op
 
 # %% ../nbs/19_operators.ipynb #c006
 @dataclass(frozen=True)
@@ -389,14 +389,20 @@ def elsewhere(
     to,        # NumPy array to array of another library
     back,      # and back
 ) -> str:      # a mark
-    "`compute` on another library's arrays, beside NumPy"
+    "The operator and its two derivatives on another library's arrays, beside NumPy"
     for shapes in case.shapes:
-        arrays = _floats(shapes, case)
-        with no_grad(), warnings.catch_warnings():
+        arrays,rng = _floats(shapes, case),np.random.default_rng(1)
+        us = [rng.standard_normal(a.shape) for a in arrays if a.dtype.kind=='f']
+        def v(y): return np.random.default_rng(2).standard_normal(y.shape)
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore') # array-api-strict warns where dtypes are compared
-            ours,theirs = (case.f(*(Tensor.make_const(c(a)) for a in arrays)).cached_data for c in (np.asarray, to))
-        if type(theirs) is not type(to(arrays[0])): return f'returned {type(theirs).__name__}'
-        _compare(back(theirs), ours, 1e-12, 'value', 'NumPy')
+            runs = [_derivatives(case.f, [c(a) for a in arrays], lambda y: c(v(y)), [c(np.asarray(u)) for u in us]) for c in (np.asarray, to)]
+        for what,n,t in zip(('value','gradient','gradient of the gradient')[:case.order+1], *(([y], gs or (), hs or ()) for y,gs,hs in runs)):
+            for x,z in zip(n, t):
+                if (x is None) != (z is None): raise AssertionError(f'{what}: {z} from the other library, {x} from NumPy')
+                if x is None: continue
+                if type(z.cached_data) is not type(to(arrays[0])): raise TypeError(f'{what}: {type(z.cached_data).__name__}')
+                _compare(back(z.cached_data), x.cached_data, 1e-12, what, 'NumPy')
     return '✓'
 
 class Reason(str):

@@ -9,7 +9,7 @@ __all__ = ['tdist', 'gradient_check', 'Checked', 'check_op']
 from dataclasses import dataclass
 import numpy as np
 from .autograd import Op, RECORD, LAZY, Tensor, UnaryOp, mode, using
-from .device import xp
+from .device import dtype_of, xp
 
 # %% ../nbs/04_testing.ipynb #c006
 def tdist(
@@ -86,7 +86,7 @@ class Checked:
 # %% ../nbs/04_testing.ipynb #c014
 def _derivatives(f, arrays, v, us):
     "Value, gradients and gradients of the gradients of `f`, in minima"
-    def leaf(a): return Tensor.make_const(a, a.dtype.kind=='f') # of the very array, strides and all
+    def leaf(a): return Tensor.make_const(a, dtype_of(a).kind=='f') # of the very array, strides and all
     xs = [leaf(a) for a in arrays]
     y = f(*xs)
     if not y.requires_grad: return y,None,None

@@ -321,10 +321,10 @@ class Flip(UnaryOp):
 # %% ../../nbs/10_shape.ipynb #c069
 def flip(
     a:Tensor, # any shape
-    *axes,    # which, as a tuple or as several integers
+    *axes,    # which, as a tuple or as several integers; all of them if none is named
 ) -> Tensor:  # same shape
     "Axes in reverse"
-    return Flip(_positive('flip', _ints(axes, 'flip'), a.shape))(a)
+    return Flip(_positive('flip', _ints(axes, 'flip') if axes else None, a.shape))(a)
 
 Tensor.flip = flip
 
