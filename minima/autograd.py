@@ -157,12 +157,13 @@ _writes = _Writes()
 def _owner(a): return a if getattr(a, 'base', None) is None else a.base
 
 def note_write(
-    a, # array that has been changed in place
+    *arrays, # that have been changed in place
 ):
-    "Let graphs that still need the old numbers of `a` find out"
-    a = _owner(a)
-    _writes.last,key = next_rank(),id(a)
-    _writes[key] = _writes.last, ref(a, lambda _: _writes.pop(key, None))
+    "Let graphs that still need the old numbers of these arrays find out"
+    rank = _writes.last = next_rank()
+    for a in map(_owner, arrays):
+        key,old = id(a),_writes.get(id(a))
+        _writes[key] = rank, ref(a, lambda _,key=key: _writes.pop(key, None)) if old is None else old[1]
 
 def _check_unwritten(node):
     for v in (node, *node.inputs):

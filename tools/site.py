@@ -46,7 +46,7 @@ def words(symbols, source_follows):
     names, docs = [m['name'] for m in symbols], [m['doc'].strip().replace('*Call self as a function.*', '') for m in symbols]
     head = f"---\n\n{symbols[0]['link'] or ''}"
     if len(names)>1: # the docstrings are in the source too, but only here are formulas set
-        return '\n\n'.join([head+''.join(f'[]{{#{n.lower()}}}' for n in names), '### '+', '.join(names), *(f'`{n}` {d}' for n,d in zip(names, docs) if '$' in d)])
+        return '\n\n'.join([head+''.join(f'<span id="{n.lower()}"></span>' for n in names), '### '+', '.join(names), *(f'`{n}` {d}' for n,d in zip(names, docs) if '$' in d)])
     code = re.sub(r'^def ([A-Z])', r'class \1', symbols[0]['code']).replace(')->', ') -> ')
     return '\n\n'.join([head, f'### {names[0]}', docs[0], '' if source_follows else f'```python\n{code}```'])
 

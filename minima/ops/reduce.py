@@ -15,7 +15,7 @@ from collections import namedtuple
 from math import prod as product
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
-from ..autograd import Tensor, TensorOp, UnaryOp, frozen
+from ..autograd import Op, Tensor, TensorOp, TensorTuple, TupleGetItem, UnaryOp, frozen
 from ..device import Meta, xp
 from .elementwise import ZipOp, _keep, _method, _near, _sign_gate, _zeros, align, as_number, as_tensor, astype, exp
 from .shape import as_axes, broadcast_to, reshape, restore_axes, summation
@@ -310,14 +310,20 @@ def _row_means(x): # as a product, which is faster than a sum
     n = x.shape[1]
     return xp(x).matmul(x, xp(x).full((n,1), 1/n if n else 0, dtype=x.dtype))
 
+def _shaped(x, shape): return x if x.shape==shape else xp(x).reshape(x, shape)
+
+def _center(x, naxes, eps):
+    "Numbers with mean 0 as rows, and r as a column"
+    n = product(x.shape[-naxes:])
+    d = _shaped(x, (product(x.shape[:-naxes]), n))
+    d = d - _row_means(d)
+    return d, 1/xp(x).sqrt(xp(x).vecdot(d, d)/n + eps)[:,None]
+
 def _standardize(x, naxes, eps):
     "Numbers with mean 0 and variance 1 as rows, and r as a column"
-    n = product(x.shape[-naxes:])
-    y = xp(x).reshape(x, (product(x.shape[:-naxes]), n))
-    y = y - _row_means(y)
-    r = 1/xp(x).sqrt(xp(x).vecdot(y, y)/n + eps)[:,None]
-    y *= r
-    return y,r
+    d,r = _center(x, naxes, eps)
+    d *= r
+    return d,r
 
 # %% ../../nbs/12_reduce.ipynb #c074
 @frozen
@@ -326,16 +332,16 @@ class LayerNorm(TensorOp):
     naxes:int        # how many of the last axes
     eps:float = 1e-5 # added to the variance
     def compute(self, x, *wb):
-        y = xp(x).reshape(_standardize(x, self.naxes, self.eps)[0], x.shape)
+        y = _shaped(_standardize(x, self.naxes, self.eps)[0], x.shape)
         if wb: y *= wb[0]
         if len(wb)>1: y += wb[1]
         return y
     def meta(self, x, *wb): return x
     def gradient(self, out_grad, node):
         x,*wb = node.inputs
-        rest = tuple(range(x.ndim-self.naxes))
-        return (LayerNormAdjoint(self.naxes, self.eps)(x, out_grad*wb[0] if wb else out_grad) if x.needs else None,
-                *(summation(out_grad if i else out_grad*LayerNorm(self.naxes, self.eps)(x), rest) if t.needs else None for i,t in enumerate(wb)))
+        if not wb: return LayerNormAdjoint(self.naxes, self.eps)(x, out_grad)
+        grads = _LayerNormGradients(self.naxes, self.eps)(out_grad, x, wb[0])
+        return tuple([TupleGetItem(i)(grads) for i in range(1+len(wb))])
 
 # %% ../../nbs/12_reduce.ipynb #c075
 @frozen
@@ -353,12 +359,40 @@ class LayerNormAdjoint(TensorOp):
         return xp(x).reshape(y, x.shape)
     def meta(self, x, h): return x
     def gradient(self, out_grad, node):
-        (x,h),last = node.inputs,tuple(range(-self.naxes, 0))
+        x,h = node.inputs
+        return self.by_x(x, h, out_grad, node) if x.needs else None, self(x, out_grad)
+    def by_x(self, x, h, u, a):
+        r"$\bar x$, given the adjoint $u$ of $a=A_xh$"
+        last = tuple(range(-self.naxes, 0))
         over = lambda t: mean(t, last, True)
         x_hat = LayerNorm(self.naxes, self.eps)(x)
         r = (Var(last, 0, True)(x) + self.eps)**-.5
-        return (-r*(over(out_grad*node)*x_hat + self(x, over(x_hat*h)*out_grad + over(x_hat*out_grad)*h)) if x.needs else None,
-                self(x, out_grad))
+        return -r*(over(u*a)*x_hat + self(x, over(x_hat*h)*u + over(x_hat*u)*h))
+
+@frozen
+class _LayerNormGradients(Op):
+    r"$A_x(\bar y\,w)$, $\sum\bar y\,\hat x$ and $\sum\bar y$ at once"
+    naxes:int        # how many of the last axes
+    eps:float = 1e-5 # added to the variance
+    def __call__(self, g, x, w): return TensorTuple.make_from_op(self, (g,x,w))
+    def compute(self, g, x, w):
+        d,r = _center(x, self.naxes, self.eps)
+        rows,n = d.shape
+        h,g,wn = _shaped(g*w, d.shape),_shaped(g, d.shape),_shaped(w, (n,))/n
+        p = g*d
+        gw,gb = xp(x).matmul(r[:,0], p),xp(x).matmul(xp(x).ones((rows,), dtype=x.dtype), g)
+        d *= r*r*xp(x).matmul(p, wn)[:,None]
+        d += xp(x).matmul(g, wn)[:,None]
+        h -= d
+        h *= r
+        return _shaped(h, x.shape),_shaped(gw, w.shape),_shaped(gb, w.shape)
+    def meta(self, g, x, w): return x,w,w
+    def gradient(self, out_grad, node):
+        (g,x,w),(u,v,c),A = node.inputs,out_grad,LayerNormAdjoint(self.naxes, self.eps)
+        h = A(x, u) # adjoint of ȳw
+        return (h*w + v*LayerNorm(self.naxes, self.eps)(x) + c,
+                A.by_x(x, g*w, u, node[0]) + A(x, g*v) if x.needs else None,
+                summation(h*g, tuple(range(x.ndim-self.naxes))) if w.needs else None)
 
 # %% ../../nbs/12_reduce.ipynb #c076
 def layer_norm(
