@@ -18,6 +18,7 @@ from .ops.reduce import *
 from .ops.linalg import *
 from .ops.index import *
 from .ops.conv import *
+from .ops.fold import *
 from .testing import Checked, _compare, _derivatives, check_op
 
 # %% ../nbs/19_operators.ipynb #c006
@@ -297,10 +298,30 @@ ledger += [ # windows
 ]
 
 # %% ../nbs/19_operators.ipynb #c013
+class _Cube(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x*x*x
+    @staticmethod
+    def backward(ctx, g):
+        x, = ctx.saved_values
+        return g*x*x*3
+
+_cube,_mix = op_map(lambda x: x*x*x, lambda x: x*x*3, 'cube'),op_zip(lambda a,b: a*b + b, lambda a,b: b, lambda a,b: a + 1., 'mix')
+_squares = op_reduce(lambda s,x: s + x*x, lambda x,y: x*2, 0., 'squares')
+ledger += [ # built of rules for numbers
+    Case(Map,          'op_map(f, df)(a)',   lambda a: _cube(a), _map, ref=lambda torch: lambda a: a*a*a),
+    Case(Zip,          'op_zip(f, dfa, dfb)(a, b)', lambda a,b: _mix(a, b), _zip, ref=lambda torch: lambda a,b: a*b + b),
+    Case(Reduce,       'op_reduce(f, df, 0)(a, axes)', lambda a: _squares(a, (0,-1)), (((2,3),), ((3,3),), ((2,3,4),), ((0,3),), ((1,1),)), ref=lambda torch: lambda a: (a*a).sum((0,-1))),
+    Case(FunctionCall, 'Function.apply(a)',  _Cube.apply, _map, ref=lambda torch: lambda a: a*a*a),
+]
+
+# %% ../nbs/19_operators.ipynb #c014
 __all__ = ['Case', 'ledger', 'all_operators', 'OperatorTable', 'run_case', 'operator_table'] + [n for n,o in list(globals().items())
     if not n.startswith('_') and (isinstance(o, type) and issubclass(o, (Op,Tensor,TensorTuple)) or getattr(o, '__module__', '').startswith('minima.ops.'))]
 
-# %% ../nbs/19_operators.ipynb #c015
+# %% ../nbs/19_operators.ipynb #c016
 def all_operators() -> list: # of classes
     "Every operator class of the package, families and private helpers left out"
     found,queue = [],[Op]
@@ -310,7 +331,7 @@ def all_operators() -> list: # of classes
         if 'compute' in vars(cls) and cls is not Op and cls.__module__.startswith('minima.') and not cls.__name__.startswith('_'): found.append(cls)
     return found
 
-# %% ../nbs/19_operators.ipynb #c018
+# %% ../nbs/19_operators.ipynb #c019
 def _floats(shapes, case, seed=0):
     rng = np.random.default_rng(seed)
     return [s if isinstance(s, np.ndarray) else np.asarray(rng.uniform(case.low, case.high, s)) for s in shapes]
@@ -341,7 +362,7 @@ def complex_step(
         worst = builtins.max(worst or 0., error)
     return worst
 
-# %% ../nbs/19_operators.ipynb #c019
+# %% ../nbs/19_operators.ipynb #c020
 def twice(
     case:Case, # a row of the ledger
     torch,     # the module
@@ -383,7 +404,7 @@ def _same_outcome(f, ref, torch, arrays):
     for k,(x,u) in enumerate(zip(xs, ts)):
         if x.grad is not None and u.grad is not None: _compare(x.grad.numpy(), u.grad.numpy(), 1e-12, f'gradient of input {k}', 'torch')
 
-# %% ../nbs/19_operators.ipynb #c020
+# %% ../nbs/19_operators.ipynb #c021
 def elsewhere(
     case:Case, # a row of the ledger
     to,        # NumPy array to array of another library
@@ -414,7 +435,7 @@ def _mark(case, name, f):
     try: return f(case)
     except Exception as e: return e
 
-# %% ../nbs/19_operators.ipynb #c021
+# %% ../nbs/19_operators.ipynb #c022
 def shape_marks(
     case:Case, # a row of the ledger
 ) -> str:      # letters
@@ -430,7 +451,7 @@ def _negative(code):
     "Whether there is a negative integer among the constants of a function, or in a tuple of them"
     return code is not None and builtins.any(type(c) is int and c<0 for k in code.co_consts for c in (k if isinstance(k, tuple) else (k,)))
 
-# %% ../nbs/19_operators.ipynb #c023
+# %% ../nbs/19_operators.ipynb #c024
 @dataclass
 class OperatorTable:
     "What the ledger answered, a row an operator"
@@ -462,7 +483,7 @@ class OperatorTable:
         widths = [builtins.max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         return '\n'.join(['  '.join(s.ljust(w) for s,w in zip(r, widths)).rstrip() for r in rows] + [f'[{i}] {n}' for i,n in enumerate(notes, 1)])
 
-# %% ../nbs/19_operators.ipynb #c024
+# %% ../nbs/19_operators.ipynb #c025
 def run_case(
     case:Case,  # a row of the ledger
     torch=True, # False: finite differences alone
