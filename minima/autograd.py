@@ -448,6 +448,7 @@ def _propagate(inputs, grads, create_graph, retain_graph, ends=(), oldest=None):
 # %% ../nbs/03_tensor.ipynb #c044
 def _add_into(g, h, create_graph):
     "`g + h`, in the array of `g` if nobody else can see it"
+    if g.__class__ is not Tensor: return g + h
     a,b = g.cached_data,h.cached_data
     if (create_graph or a.__class__ is not np.ndarray or b is None or a.base is not None or not a.ndim
         or sys.getrefcount(g) > _PASSED or sys.getrefcount(a) > _HELD+1): return g + h
@@ -579,7 +580,7 @@ for _name,_symbol,_f in (('add','+',np.add), ('sub','-',np.subtract), ('mul','*'
 class TensorTuple(Value):
     "Several tensors as one value"
     __slots__ = ()
-    def __len__(self): return len(_meta(self))
+    def __len__(self): return len(self.meta if self.cached_data is None else self.cached_data)
     def __getitem__(self, index): return tuple_get_item(self, index)
     def __iter__(self): return (self[i] for i in range(len(self)))
     def tuple(self): return tuple(self)
@@ -604,19 +605,39 @@ class TupleGetItem(TensorOp):
     "One tensor of a tuple"
     index:int # which one
     def compute(self, arrays): return arrays[self.index]
-    def gradient(self, out_grad, node):
-        pieces = [Tensor.make_const(np.zeros(m.shape, m.dtype)) for m in _meta(node.inputs[0])]
-        pieces[self.index] = out_grad
-        return make_tuple(*pieces)
+    def gradient(self, out_grad, node): return _Parts(node.inputs[0], [(self.index, out_grad)])
 
 # %% ../nbs/03_tensor.ipynb #c086
+class _Parts(TensorTuple):
+    "Zeros in the shapes of a tuple, and tensors added in at some places"
+    __slots__ = ('like', 'terms', 'count')
+    def __init__(self, like, terms): self.like,self.terms,self.count = like,terms,len(terms)
+    def __add__(self, other):
+        if not isinstance(other, _Parts) or self.terms is None or other.terms is None: return super().__add__(other)
+        terms = self.terms if len(self.terms)==self.count else self.terms[:self.count] # another sum has gone on from here
+        terms.extend(other.terms[:other.count])
+        return _Parts(self.like, terms)
+    def __getattr__(self, name): # the first look at a field of `Value`: they are all empty so far
+        if self.terms is None: raise AttributeError(name)
+        parts = [None]*len(self.like)
+        for i,t in self.terms[:self.count]: parts[i] = t if parts[i] is None else parts[i]+t
+        arrays = self.like.meta if self.like.cached_data is None else self.like.cached_data
+        full = make_tuple(*(_zeros(a) if t is None else t for t,a in zip(parts, arrays)))
+        self.like = self.terms = None
+        for field in Value.__slots__:
+            if field!='__weakref__' and hasattr(full, field): setattr(self, field, getattr(full, field))
+        return getattr(self, name)
+
+def _zeros(a): return Tensor.make_const(np.zeros(a.shape, a.dtype) if isinstance(a, Meta) else xp(a).zeros(a.shape, dtype=a.dtype))
+
+# %% ../nbs/03_tensor.ipynb #c087
 def make_tuple(
     *tensors:Tensor, # of any shapes
 ) -> TensorTuple:
     "Several tensors as one value"
     return MakeTensorTuple()(*tensors)
 
-# %% ../nbs/03_tensor.ipynb #c087
+# %% ../nbs/03_tensor.ipynb #c088
 def tuple_get_item(
     value:TensorTuple,
     index:int, # from 0, or from the end if negative
@@ -627,7 +648,7 @@ def tuple_get_item(
     if isinstance(value.op, MakeTensorTuple): return value.inputs[index]
     return TupleGetItem(index % n)(value)
 
-# %% ../nbs/03_tensor.ipynb #c088
+# %% ../nbs/03_tensor.ipynb #c089
 @frozen
 class FusedAddScalars(Op):
     "A number added to each of two tensors"
@@ -637,7 +658,7 @@ class FusedAddScalars(Op):
     def compute(self, arrays): return arrays[0] + self.c0, arrays[1] + self.c1
     def gradient(self, out_grad, node): return out_grad
 
-# %% ../nbs/03_tensor.ipynb #c089
+# %% ../nbs/03_tensor.ipynb #c090
 def fused_add_scalars(
     value:TensorTuple, # of two tensors
     c0:float,          # added to the first
@@ -647,7 +668,7 @@ def fused_add_scalars(
     if len(value)!=2: raise ValueError(f'fused_add_scalars: a tuple of {len(value)} tensors, wanted two')
     return FusedAddScalars(c0, c1)(value)
 
-# %% ../nbs/03_tensor.ipynb #c092
+# %% ../nbs/03_tensor.ipynb #c093
 def _rebuild(cls, data, requires_grad, grad): 
     t = cls.make_const(data, requires_grad)
     t.grad = grad

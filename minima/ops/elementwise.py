@@ -92,7 +92,11 @@ class ZipOp(TensorOp):
     def __call__(self, a, b):
         x,y,level = a.cached_data,b.cached_data,mode.level
         if level > RECORD or x is None or y is None or x.shape!=y.shape or x.dtype is not y.dtype:
-            return Tensor.make_from_op(self, align(self, a, b))
+            a,b = align(self, a, b)
+            if a.dtype!=b.dtype and a.cached_data is not None and not isinstance(a.cached_data, (np.ndarray,np.generic)): # only NumPy multiplies booleans and numbers
+                dtype = _common_dtype(a, b)
+                a,b = astype(a, dtype),astype(b, dtype)
+            return Tensor.make_from_op(self, (a,b))
         z = new_tensor(Tensor)
         try: z.cached_data = self.compute(x, y)
         except Exception: run_op(self, (a,b), (x,y)); raise

@@ -592,7 +592,7 @@ class Median(UnaryOp):
     def meta(self, x): return Meta((), x.dtype)
     def gradient(self, out_grad, node):
         x = node.inputs[0]
-        chosen = astype(x==node, x.dtype) + (x!=x)*(node!=node)
+        chosen = astype((x==node) | (x!=x) & (node!=node), x.dtype)
         return chosen*(out_grad/summation(chosen))
 
 # %% ../../nbs/12_reduce.ipynb #c104
