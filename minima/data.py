@@ -535,13 +535,11 @@ def random_split(
 ) -> list:          # of `Subset`, one for each length; rows that fractions leave over go to the first ones
     "Shares of a dataset, drawn at random, no row in two of them"
     n,sizes = len(dataset),list(lengths)
-    if all(isinstance(s, (int,np.integer)) for s in sizes) and sum(sizes)!=1 or sum(sizes)==n: fair = sum(sizes)==n
-    else:
-        fair = math.isclose(sum(sizes), 1)
+    if all(s>=0 for s in sizes) and sum(sizes)!=n and math.isclose(sum(sizes), 1):
         sizes = [math.floor(n*s) for s in sizes]
-        for i in range(n-sum(sizes) if fair else 0): sizes[i%len(sizes)] += 1
-    if not fair or any(s<0 for s in sizes): raise ValueError(f'random_split: got {list(lengths)}, wanted numbers that add up to {n}, or fractions that add up to 1')
-    return [Subset(dataset, i) for i in np.split(as_generator(generator).permutation(n), np.cumsum(sizes)[:-1])]
+        for i in range(n-sum(sizes)): sizes[i%len(sizes)] += 1
+    if any(s<0 or s!=int(s) for s in sizes) or sum(sizes)!=n: raise ValueError(f'random_split: got {list(lengths)}, wanted numbers that add up to {n}, or fractions that add up to 1')
+    return [Subset(dataset, i) for i in np.split(as_generator(generator).permutation(n), np.cumsum(sizes)[:-1].astype(int))]
 
 # %% ../nbs/33_data.ipynb #c127
 def _rng(seed, *key):
@@ -644,9 +642,9 @@ def _make_batch(dataset, collate, transform, rows, key):
     if collate is None and getattr(dataset, 'batched', False): batch = dataset[rows]
     else: batch = (collate or default_collate)([dataset[int(i)] for i in rows])
     if transform is None: return batch
-    if not isinstance(batch, tuple): return _transformed(transform, batch, _rng(*key))
+    if not isinstance(batch, (tuple,list)): return _transformed(transform, batch, _rng(*key))
     fields = _transformed(transform, batch[0], _rng(*key)), *batch[1:]
-    return type(batch)(*fields) if hasattr(batch, '_fields') else fields
+    return type(batch)(*fields) if hasattr(batch, '_fields') else type(batch)(fields)
 
 def _transformed(f, x, rng): return Tensor.make_const(f(x.numpy(), rng)) if isinstance(x, Tensor) else f(x, rng)
 
@@ -782,6 +780,7 @@ def _epoch(self:DataLoader, epoch, start):
             yield batch
     self.epoch,self.position = epoch+1,0
 
+# %% ../nbs/33_data.ipynb #c150
 @patch
 def _made(self:DataLoader, jobs):
     "The batches for `jobs`, in their order"
@@ -799,7 +798,7 @@ def _made(self:DataLoader, jobs):
         for f in pending: f.cancel()
         if not self.persistent_workers: workers.close()
 
-# %% ../nbs/33_data.ipynb #c150
+# %% ../nbs/33_data.ipynb #c151
 @patch
 def set_epoch(self:DataLoader,
     epoch:int, # 0 or more
@@ -807,10 +806,17 @@ def set_epoch(self:DataLoader,
     "Let the next walk be this epoch, from its beginning"
     self.begin = self.epoch,self.position = operator_index(epoch),0
 
+# %% ../nbs/33_data.ipynb #c152
 @patch
 def state_dict(self:DataLoader) -> dict: # integers only, which JSON keeps
     "Seeds, epoch, batches handed out in it, and batches in all"
     return {'seed':self.seed, 'order_seed':getattr(_seeded(self.batch_sampler), 'seed', None), 'epoch':self.epoch, 'position':self.position, 'batches':len(self)}
+
+# %% ../nbs/33_data.ipynb #c153
+def _seeded(sampler):
+    "The one with a seed among a sampler and those it wraps"
+    while sampler is not None and not hasattr(sampler, 'seed'): sampler = getattr(sampler, 'sampler', None)
+    return sampler
 
 @patch
 def load_state_dict(self:DataLoader,
@@ -823,12 +829,7 @@ def load_state_dict(self:DataLoader,
     self.seed = state['seed']
     if sampler := _seeded(self.batch_sampler): sampler.seed = state['order_seed']
 
-def _seeded(sampler):
-    "The one with a seed among a sampler and those it wraps"
-    while sampler is not None and not hasattr(sampler, 'seed'): sampler = getattr(sampler, 'sampler', None)
-    return sampler
-
-# %% ../nbs/33_data.ipynb #c170
+# %% ../nbs/33_data.ipynb #c173
 def _images(name, x, floating=False):
     "The sizes of a batch of images"
     ok = isinstance(x, np.ndarray) and x.ndim==4 and x.dtype.kind in ('f' if floating else 'fiu')
@@ -838,7 +839,7 @@ def _images(name, x, floating=False):
 def _check(name, ok, got, want):
     if not ok: raise ValueError(f'{name}: got {got}, wanted {want}')
 
-# %% ../nbs/33_data.ipynb #c171
+# %% ../nbs/33_data.ipynb #c174
 @dataclass(frozen=True)
 class Compose:
     "One transform after the other"
@@ -848,7 +849,7 @@ class Compose:
         for t in self.transforms: x = t(x, rng)
         return x
 
-# %% ../nbs/33_data.ipynb #c172
+# %% ../nbs/33_data.ipynb #c175
 @dataclass(frozen=True)
 class ToFloat:
     "Bytes as float32 in [0, 1]; floats stay as they are"
@@ -856,7 +857,7 @@ class ToFloat:
         _images('ToFloat', x)
         return x/np.float32(255) if x.dtype==np.uint8 else x
 
-# %% ../nbs/33_data.ipynb #c173
+# %% ../nbs/33_data.ipynb #c176
 @dataclass(frozen=True)
 class Normalize:
     r"$(x-\mu)/\sigma$ for each channel"
@@ -869,7 +870,7 @@ class Normalize:
         _check('Normalize', {len(mean),len(std)}<={1,c}, f'{len(mean)} means and {len(std)} deviations', f'{c}, one for each channel')
         return (x-mean)/std
 
-# %% ../nbs/33_data.ipynb #c174
+# %% ../nbs/33_data.ipynb #c177
 @dataclass(frozen=True)
 class RandomHorizontalFlip:
     "Left and right exchanged"
@@ -879,7 +880,7 @@ class RandomHorizontalFlip:
         n,c,h,w = _images('RandomHorizontalFlip', x)
         return np.where(as_generator(generator).random((n,1,1,1))<self.p, x[...,::-1], x)
 
-# %% ../nbs/33_data.ipynb #c176
+# %% ../nbs/33_data.ipynb #c179
 @dataclass(frozen=True)
 class RandomCrop:
     "A window anywhere in the image, or in the image with a border around it"
@@ -898,7 +899,7 @@ class RandomCrop:
         windows = np.lib.stride_tricks.sliding_window_view(x, (height,width), (2,3)) # (n, c, rows, columns, height, width)
         return windows[np.arange(n), :, rng.integers(windows.shape[2], size=n), rng.integers(windows.shape[3], size=n)]
 
-# %% ../nbs/33_data.ipynb #c178
+# %% ../nbs/33_data.ipynb #c181
 @dataclass(frozen=True)
 class RandomRotation:
     "Turned about the centre by a random angle, bilinear between the pixels"
@@ -921,7 +922,7 @@ class RandomRotation:
         y = (1-b)*((1-a)*pixel(0) + a*pixel(1)) + b*((1-a)*pixel(w+2) + a*pixel(w+3))
         return (y if x.dtype.kind=='f' else np.rint(y)).astype(x.dtype, copy=False)
 
-# %% ../nbs/33_data.ipynb #c180
+# %% ../nbs/33_data.ipynb #c183
 @dataclass(frozen=True)
 class RandomErasing:
     "A box somewhere in the image covered"
@@ -947,7 +948,7 @@ class RandomErasing:
         value = rng.standard_normal(x.shape) if isinstance(self.value, str) else np.reshape(self.value, (-1,1,1))
         return np.where(box, np.asarray(value).astype(x.dtype), x)
 
-# %% ../nbs/33_data.ipynb #c190
+# %% ../nbs/33_data.ipynb #c194
 class Tokenizer:
     "Text to numbers and back"
     def __len__(self): return self.vocab_size
@@ -976,7 +977,7 @@ class Tokenizer:
             return kinds[name](**d)
         except (ValueError, TypeError, KeyError, AttributeError) as e: raise ValueError(f'{path}: no {cls.__name__} can be read from it: {e}') from e
 
-# %% ../nbs/33_data.ipynb #c192
+# %% ../nbs/33_data.ipynb #c196
 class CharTokenizer(Tokenizer):
     "A number for each character of an alphabet"
     def __init__(self,
@@ -1005,7 +1006,7 @@ class CharTokenizer(Tokenizer):
         "The characters at these positions"
         return self.codes[self.check(ids)].tobytes().decode('utf-32-le', 'surrogatepass')
 
-# %% ../nbs/33_data.ipynb #c195
+# %% ../nbs/33_data.ipynb #c199
 def _text(raw):
     "Bytes as text, also those of lone surrogates; � where they are none"
     try: return raw.decode('utf-8', 'surrogatepass')
@@ -1026,7 +1027,7 @@ class ByteTokenizer(Tokenizer):
         "The text of these bytes"
         return _text(self.check(ids).astype(np.uint8).tobytes())
 
-# %% ../nbs/33_data.ipynb #c198
+# %% ../nbs/33_data.ipynb #c202
 _word = re.compile(r' ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+') # each character falls in one of these
 
 def _merge(ids, pair, new):
@@ -1038,7 +1039,7 @@ def _merge(ids, pair, new):
         i += 1+hit
     return out
 
-# %% ../nbs/33_data.ipynb #c199
+# %% ../nbs/33_data.ipynb #c203
 class BPETokenizer(Tokenizer):
     "Bytes, and pairs of pieces that were frequent in a text"
     def __init__(self,
