@@ -12,8 +12,8 @@ from .device import Meta, xp
 from .init import as_generator, zeros
 from .nn import Module, _weights, dropout
 from .ops.elementwise import Sigmoid, _gate, as_tensor, relu, sigmoid, tanh, where
-from .ops.linalg import linear, matmul
-from .ops.shape import broadcast_to, concat, flip, reshape, split, stack, summation, transpose, unsqueeze
+from .ops.linalg import MatMul, linear
+from .ops.shape import Concat, broadcast_to, concat, flip, reshape, split, stack, summation, transpose, unsqueeze
 
 # %% ../nbs/35_sequence.ipynb #c008
 class _Cell(Module):
@@ -72,6 +72,7 @@ class GRUCell(_Cell):
         return u + z*(h - u)
 
 # %% ../nbs/35_sequence.ipynb #c015
+_matmul,_beside = MatMul(),Concat(1)
 class _Recurrence(TensorOp):
     "States (t, n, s) of a cell, from a (t, n, g), the first state (n, s), W (g, k), biases if the cell has them, and a mask (t, n, 1) of steps that count"
     biases = 0
@@ -99,7 +100,7 @@ class _Recurrence(TensorOp):
             ps.append(p)
         p = stack(ps[::-1])
         rows,columns = reshape(p, (-1,p.shape[-1])),reshape(h, (-1,h.shape[-1]))
-        return (self.inner(p, gs, slopes), g, matmul(transpose(rows), columns) if w.needs else None,
+        return (self.inner(p, gs, slopes), g, _matmul(transpose(rows), columns) if w.needs else None,
                 *(summation(rows, (0,)) if r.needs else None for r in b), *(None for _ in m))
     def inner(self, p, gs, slopes): return p # the adjoint of a
 
@@ -110,7 +111,7 @@ class _RNN(_Recurrence):
     def slopes(self, a, before, h, node, w): return 1. - node*node, None
     def back(self, g, slope, kept, gone, w): # the adjoint of hₜ to those of pₜ and hₜ₋₁
         p = g*slope
-        g_ = matmul(p, w)
+        g_ = _matmul(p, w)
         return p, g_ if kept is None else g_ + g*kept
 
 class _RNNReLU(_RNN):
@@ -135,9 +136,9 @@ class _LSTM(_Recurrence):
         k = w.shape[1]
         h,c = g[:,:k],g[:,k:]
         c = c + h*slope[:,4*k:]
-        p = concat((c,c,c,h), 1)*slope[:,:4*k]
-        h_ = matmul(p, w)
-        return p, concat((h_ if gone is None else h_ + h*gone, c*kept), 1)
+        p = _beside(c, c, c, h)*slope[:,:4*k]
+        h_ = _matmul(p, w)
+        return p, _beside(h_ if gone is None else h_ + h*gone, c*kept)
 
 # %% ../nbs/35_sequence.ipynb #c020
 class _GRU(_Recurrence):
@@ -155,8 +156,8 @@ class _GRU(_Recurrence):
         P = (1. - z)*(1. - u*u)
         return concat((P*qu*r*(1. - r), (h - u)*z*(1. - z), P*r, P), -1), z
     def back(self, g, slope, kept, gone, w):
-        q = concat((g,g,g), 1)*slope[:,:-w.shape[1]]
-        return q, matmul(q, w) + g*kept
+        q = _beside(g, g, g)*slope[:,:-w.shape[1]]
+        return q, _matmul(q, w) + g*kept
     def inner(self, q, gs, slopes):
         k = q.shape[-1]//3
         return concat((q[...,:2*k], stack(gs[::-1])*slopes[...,3*k:]), -1)
