@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MultiHeadAttention', 'causal_mask', 'scaled_dot_product_attention', 'KVCache', 'MultiheadAttention',
            'sinusoidal_positions', 'Rotary', 'TransformerEncoderLayer', 'TransformerDecoderLayer', 'TransformerEncoder',
-           'TransformerDecoder', 'GPTConfig', 'GPT']
+           'TransformerDecoder', 'GPTConfig', 'GPT', 'sample', 'generate']
 
 # %% ../nbs/36_transformer.ipynb #c003
 from copy import deepcopy
@@ -339,3 +339,57 @@ class GPT(Module):
         x = self.drop(x)
         for i,b in enumerate(self.blocks): x = b(x, is_causal=True, cache=cache[i] if cache else None)
         return self.lm_head(self.ln_f(x))
+
+# %% ../nbs/36_transformer.ipynb #c046
+def sample(
+    logits,         # scores (n, k), a tensor or an array
+    temperature=1., # τ, 0 or more
+    top_k=None,     # choose among so many of the best, 1 or more
+    top_p=None,     # choose among the best that have this probability together, above 0 to 1
+    generator=None, # a generator, or an integer to start one from; the package's own if `None`
+) -> np.ndarray:    # class numbers (n,)
+    "A class for each row, by chance"
+    z = np.asarray(logits, dtype=np.float64)
+    if z.ndim!=2: raise ValueError(f'sample: logits {z.shape}, wanted (n, k)')
+    if not temperature>=0: raise ValueError(f'sample: temperature is {temperature}, wanted 0 or more')
+    if top_k is not None and top_k<1: raise ValueError(f'sample: top_k is {top_k}, wanted 1 or more')
+    if top_p is not None and not 0 < top_p <= 1: raise ValueError(f'sample: top_p is {top_p}, wanted above 0, to 1')
+    if temperature==0: return z.argmax(-1)
+    order = np.argsort(-z, -1, kind='stable') # the best first
+    z = np.take_along_axis(z, order, -1)
+    p = np.exp((z - z[:,:1])/temperature)
+    if top_k is not None: p[:,top_k:] = 0
+    p = (p/p.sum(-1, keepdims=True)).cumsum(-1)
+    most = p[:,-1:]
+    if top_p is not None: most = p[np.arange(len(p)),(p<top_p*(1 - 1e-12)).sum(-1).clip(max=p.shape[1]-1)][:,None]
+    i = (p <= as_generator(generator).random((len(p),1))*most).sum(-1) # the first whose running sum is above
+    return order[np.arange(len(p)),i.clip(max=p.shape[1]-1)]
+
+# %% ../nbs/36_transformer.ipynb #c049
+def generate(self,
+    ids,            # integers (n, t) or (t,), at least one: where to begin
+    max_new_tokens:int, # how many to write
+    temperature=1., # this and the next two as in `sample`
+    top_k=None,
+    top_p=None,
+    generator=None, # a generator, or an integer to start one from; the package's own if `None`
+    use_cache=True, # keep keys and values; the text is the same
+) -> np.ndarray:    # (n, t+max_new_tokens), or without n
+    "Continue a text, without dropout"
+    ids,g,training = np.array(ids),as_generator(generator),[(m, m.training) for m in self.modules()]
+    if ids.ndim not in (1,2) or ids.dtype.kind not in 'iu' or not ids.shape[-1]: raise ValueError(f'generate: ids {ids.shape} {ids.dtype}, wanted integers (n, t) or (t,), t>0')
+    text,size = np.atleast_2d(ids),self.config.block_size
+    cache,new = [KVCache() for _ in self.blocks],text
+    try:
+        self.eval()
+        with no_grad():
+            for _ in range(max_new_tokens):
+                if use_cache and text.shape[1]<=size: z = self(new, cache)
+                else: z = self(text[:,-size:])
+                new = sample(z.numpy()[:,-1], temperature, top_k, top_p, g)[:,None].astype(ids.dtype)
+                text = np.concatenate((text, new), 1)
+    finally:
+        for m,mode in training: m.training = mode
+    return text if ids.ndim==2 else text[0]
+
+GPT.generate = generate
