@@ -493,13 +493,14 @@ class OperatorTable:
 def run_case(
     case:Case,  # a row of the ledger
     torch=True, # False: finite differences alone
+    **kwargs,   # for `check_op`
 ) -> Checked:   # the greatest differences in float64, over all its shapes
     "Check one operator on all its shapes"
     worst = Checked()
     if torch: import torch
     ref = case.ref(torch) if torch and case.ref else None
     for shapes in case.shapes:
-        worst.worst(**vars(check_op(case.f, *shapes, ref=ref, low=case.low, high=case.high, order=case.order, torch=bool(torch), dtypes=case.dtypes)))
+        worst.worst(**vars(check_op(case.f, *shapes, **(dict(ref=ref, low=case.low, high=case.high, order=case.order, torch=bool(torch), dtypes=case.dtypes) | kwargs))))
     return worst
 
 @np.errstate(all='ignore')

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 import numpy as np
 from .autograd import Op, RECORD, LAZY, Tensor, UnaryOp, mode, using
-from .device import dtype_of, xp
+from .device import device_of, dtype_of, xp
 
 # %% ../nbs/04_testing.ipynb #c006
 def tdist(
@@ -85,9 +85,10 @@ class Checked:
     def worst(self, **kw): vars(self).update({k:max(getattr(self,k) or 0., v) for k,v in kw.items() if v is not None})
 
 # %% ../nbs/04_testing.ipynb #c014
-def _derivatives(f, arrays, v, us):
+def _derivatives(f, arrays, v, us, device=None):
     "Value, gradients and gradients of the gradients of `f`, in minima"
-    def leaf(a): return Tensor.make_const(a, dtype_of(a).kind=='f') # of the very array, strides and all
+    def put(a): return a if device is None else device.xp.asarray(a)
+    def leaf(a): return Tensor.make_const(put(a), dtype_of(a).kind=='f') # of the very array, strides and all
     xs = [leaf(a) for a in arrays]
     y = f(*xs)
     if not y.requires_grad: return y,None,None
@@ -96,7 +97,7 @@ def _derivatives(f, arrays, v, us):
     grads = [x.grad for x in leaves]
     for x in (*leaves,v): x.grad = None
     for g,u in zip(grads, us):
-        if g is not None and g.requires_grad: g.backward(Tensor.make_const(u), retain_graph=True)
+        if g is not None and g.requires_grad: g.backward(Tensor.make_const(put(u)), retain_graph=True)
     return y, grads, [x.grad for x in (*leaves,v)]
 
 # %% ../nbs/04_testing.ipynb #c015
@@ -132,6 +133,7 @@ def check_op(
     order=2,             # 1: leave out the gradient of the gradient
     torch=True,          # False: finite differences alone
     tol=1.,              # factor on the tolerances
+    device=None,         # where minima computes; on NumPy's arrays if `None`
 ) -> Checked:            # the greatest differences in float64
     "Compare value, gradient and gradient of the gradient of `f` with torch and with finite differences"
     if torch: torch = _import_torch()
@@ -146,8 +148,10 @@ def check_op(
         other,who = theirs,'torch'
         for name,level,layout in (('eager',0,np.asarray), ('eager, strided inputs',0,_strided), ('lazy',LAZY,np.asarray)):
             where = f' ({dtype}, {name})'
-            with using(on=level|RECORD, off=LAZY&~level): ours = _derivatives(f, [layout(a) for a in arrays], lambda y: layout(v(y)), [layout(u) for u in us_])
+            with using(on=level|RECORD, off=LAZY&~level): ours = _derivatives(f, [layout(a) for a in arrays], lambda y: layout(v(y)), [layout(u) for u in us_], device)
             y,grads,grads2 = ours
+            for what,t in (('value',y), *((f'gradient of input {k}',g) for k,g in enumerate(grads or ()) if g is not None)):
+                if device not in (None, device_of(t.realize_cached_data())): raise AssertionError(f'{what}{where}: on {t.device}, wanted {device}')
             if not other: other,who = ours,'minima, eager'
             if str(other[0].dtype).removeprefix('torch.')!=str(y.dtype): raise AssertionError(f'dtype{where}: {y.dtype} from minima, {other[0].dtype} from {who}')
             if (grads is None) != (other[1] is None): raise AssertionError(f'requires_grad{where}: {grads is not None} in minima, {other[1] is not None} in {who}')
@@ -164,16 +168,16 @@ def check_op(
                     errors[key] = max(errors.get(key,0), _compare(g, h, 256*eps, what, who))
             if dtype=='float64':
                 if theirs: worst.worst(**errors)
-                if level==0 and grads is not None: worst.worst(**_directional(f, arrays, v, us_, ds, ours, order, tol))
+                if level==0 and grads is not None: worst.worst(**_directional(f, arrays, v, us_, ds, ours, order, tol, device))
     return worst
 
 # %% ../nbs/04_testing.ipynb #c017
-def _directional(f, arrays, v, us, ds, ours, order, tol, h=1e-5):
+def _directional(f, arrays, v, us, ds, ours, order, tol, device=None, h=1e-5):
     "Both derivatives along one direction, beside central differences"
     def at(t):
         d = iter(ds)
         moved = [a + t*next(d) if a.dtype.kind=='f' else a for a in arrays]
-        y,grads,_ = _derivatives(f, moved, v, us)
+        y,grads,_ = _derivatives(f, moved, v, us, device)
         return (y.numpy()*v(y)).sum(), sum((g.numpy()*u).sum() for g,u in zip(grads, us) if g is not None)
     if not all(a.size for a in ds): return {}
     (y1,g1),(y0,g0) = at(h),at(-h)

@@ -444,7 +444,7 @@ class AddAlongAxis(TensorOp):
 # %% ../../nbs/12_reduce.ipynb #c085
 def _add_at(shape, places, y):
     "Zeros, with `y` added in at flat places; in one dimension, where `np.add.at` is fast"
-    x = np.zeros(shape, y.dtype)
+    x = xp(y).zeros(shape, dtype=y.dtype)
     np.add.at(x.reshape(-1), places.reshape(-1), np.ascontiguousarray(y).reshape(-1))
     return x
 
