@@ -130,7 +130,7 @@ ledger += [ # shape
     Case(Transpose,    'transpose(a)',       lambda a: a.transpose(-1,-2), (((2,3),), ((3,3),), ((4,2,3),), ((0,3),), ((1,3),))),
     Case(Permute,      'permute(a, axes)',   lambda a: a.permute(2,0,-2), (((2,3,4),), ((3,3,3),), ((0,1,2),))),
     Case(BroadcastTo,  'broadcast_to(a, shape)', lambda a: a.broadcast_to((2,3,3)), (((3,),), ((3,1),), ((1,3),), ((),), ((2,1,1),), ((2,3,3),)), why=dict(shapes='the shape of the result is given; see the next row')),
-    Case('broadcast_to', 'broadcast_to(a, (2, *a.shape))', lambda a: a.broadcast_to((2,*a.shape)), (*_square, ((),))),
+    Case('broadcast_to', 'broadcast_to(a, longer)', lambda a: a.broadcast_to((2,*a.shape)), (*_square, ((),))),
     Case(Summation,    'summation(a, axes)', lambda a: a.sum((0,-1)), (((2,3),), ((3,3),), ((2,3,4),), ((0,3),), ((1,1),))),
     Case(Slice,        'narrow(a, axis, start, n)', lambda a: a.narrow(-1,1,2), (((2,3),), ((3,3),), ((2,1,4),), ((0,3),))),
     Case(Pad,          'pad(a, widths)',     lambda a: pad(a, (1,2)), (((2,3),), ((3,),), ((0,3),), ((3,0),), ((1,1),)), ref=lambda torch: lambda a: torch.nn.functional.pad(a, (1,2))),
@@ -147,7 +147,7 @@ ledger += [ # shape
     Case('ravel',      'ravel(a)',           lambda a: a.ravel(), (*_square, ((),))),
     Case('squeeze',    'squeeze(a, axes)',   lambda a: a.squeeze(-1), (((3,1),), ((2,3),), ((0,1),), ((1,),), ((1,1),))),
     Case('unsqueeze',  'unsqueeze(a, axis)', lambda a: a.unsqueeze(-1), (*_square, ((),))),
-    Case('moveaxis',   'moveaxis(a, source, destination)', lambda a: a.moveaxis(0,-1), _square),
+    Case('moveaxis',   'moveaxis(a, from, to)', lambda a: a.moveaxis(0,-1), _square),
     Case('swapaxes',   'swapaxes(a, i, j)',  lambda a: a.swapaxes(0,-1), _square),
     Case('tile',       'tile(a, reps)',      lambda a: a.tile((2,3)), (*_square, ((),), ((3,),))),
     Case('repeat',     'repeat(a, reps)',    lambda a: a.repeat((2,1,3)), (*_square, ((),), ((3,),))),
@@ -191,7 +191,7 @@ ledger += [ # reductions
     Case(Norm,         'norm(a, inf, axes)', lambda a: a.norm(np.inf, -1), (((2,3),), ((3,3),), ((3,1),), ((0,3),)), order=1),
     Case(LayerNorm,    'layer_norm(x, shape, w, b)', lambda x,w,b: layer_norm(x, w.shape, w, b), (((4,3),(3,),(3,)), ((2,3,3),(3,3),(3,3)), ((2,3,4),(4,),(4,)), ((0,3),(3,),(3,)), ((1,3),(3,),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.layer_norm(x, w.shape, w, b), why=dict(NaN='slope where a weight is infinite: ±∞, in torch ∞−∞')),
     Case(LayerNormAdjoint, 'layer_norm, backward', lambda x,h: LayerNormAdjoint(1)(x, h), (((4,3),(4,3)), ((2,3,5),(2,3,5)), ((3,3),(3,3)), ((1,3),(1,3)), ((0,3),(0,3))), ref=lambda torch: lambda x,h: torch.autograd.grad((x-x.mean(-1,keepdim=True))/(x.var(-1,correction=0,keepdim=True)+1e-5)**.5, x, h, create_graph=True)[0]),
-    Case(TakeAlongAxis,'take_along_axis(a, places, axis)', lambda a: a.take_along_axis([[2,0,2]], -1), (((2,3),), ((3,3),), ((1,3),), ((0,3),)), ref=lambda torch: lambda a: torch.take_along_dim(a, torch.tensor([[2,0,2]]), -1)),
+    Case(TakeAlongAxis,'take_along_axis(a, at, axis)', lambda a: a.take_along_axis([[2,0,2]], -1), (((2,3),), ((3,3),), ((1,3),), ((0,3),)), ref=lambda torch: lambda a: torch.take_along_dim(a, torch.tensor([[2,0,2]]), -1)),
     Case(AddAlongAxis, 'take_along_axis(…), backward', lambda a: AddAlongAxis(-2, 3)(a, as_tensor([[0,2],[0,1],[0,2]], 'places', a)), (((3,2),),), ref=lambda torch: lambda a: torch.zeros(3, 2, dtype=a.dtype).scatter_add(0, torch.tensor([[0,2],[0,1],[0,2]]), a), why=_fixed),
     Case(ArgSort,      'argsort(a, axis)',   lambda a: a.argsort(-1), (((2,3),), ((3,3),), ((0,3),), ((1,),))),
     Case('sort',       'sort(a, axis)',      lambda a: a.sort(-1, True)[0], (((2,3),), ((3,3),), ((2,3,1),), ((0,),)), ref=lambda torch: lambda a: a.sort(-1, True)[0]),
@@ -226,7 +226,7 @@ ledger += [ # products
     Case('kron',         'kron(a, b)',            lambda a,b: a.kron(b), (((2,3),(4,5)), ((3,3),(3,3)), ((3,),(2,2)), ((2,1,3),(4,2)), ((),(2,)), ((0,2),(3,1)))),
     Case('trace',        'trace(a)',              lambda a: a.trace(), (((3,3),), ((2,3),), ((3,2),), ((1,1),), ((0,0),))),
     Case('einsum',       "einsum('ii->i', a)",    lambda a: einsum('...ii->...i', a), (((3,3),), ((3,3,3),), ((1,1),), ((0,0),)), ref=lambda torch: lambda a: torch.einsum('...ii->...i', a)),
-    Case('einsum',       "einsum('...ij,...jk->...ik', a, b)", lambda a,b: einsum('...ij,...jk->...ik', a, b), (((2,3),(3,4)), ((3,3),(3,3)), ((5,2,3),(3,4)), ((2,1,3,3),(4,3,3)), ((0,3),(3,2)), ((2,0),(0,3)), ((1,1),(1,1))), ref=lambda torch: lambda a,b: torch.einsum('...ij,...jk->...ik', a, b)),
+    Case('einsum',       "einsum('...ij,...jk', a, b)", lambda a,b: einsum('...ij,...jk->...ik', a, b), (((2,3),(3,4)), ((3,3),(3,3)), ((5,2,3),(3,4)), ((2,1,3,3),(4,3,3)), ((0,3),(3,2)), ((2,0),(0,3)), ((1,1),(1,1))), ref=lambda torch: lambda a,b: torch.einsum('...ij,...jk->...ik', a, b)),
     Case('einsum',       "einsum('bi,ij,bj->b', a, b, c)", lambda a,b,c: einsum('bi,ij,bj->b', a, b, c), (((5,3),(3,4),(5,4)), ((3,3),(3,3),(3,3)), ((1,1),(1,1),(1,1)), ((0,3),(3,4),(0,4))), ref=lambda torch: lambda a,b,c: torch.einsum('bi,ij,bj->b', a, b, c), why=dict(NaN='which factors meet first decides between ∞ and ∞−∞')),
     Case(Inverse,        'inverse(a)',            lambda a: (a@a.transpose(-1,-2) + 4*_eye(a)).inverse(), (((2,2),), ((3,3),), ((1,1),), ((2,3,3),), ((3,3,3),), ((0,0),)), ref=lambda torch: lambda a: (a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype)).inverse()),
     Case(Solve,          'solve(a, b)',           lambda a,b: solve(a@a.transpose(-1,-2) + 4*_eye(a), b), (((3,3),(3,)), ((3,3),(3,2)), ((3,3),(3,3)), ((2,3,3),(2,3)), ((2,3,3),(3,)), ((3,3,3),(3,3)), ((2,1,3,3),(4,3,2)), ((0,0),(0,)), ((1,1),(1,))), ref=lambda torch: lambda a,b: torch.linalg.solve(a@a.mT + 4*torch.eye(a.shape[-1], dtype=a.dtype), b)),
@@ -247,12 +247,12 @@ ledger += [ # indices and tuples
     Case(PutItem,      'a[index], backward', lambda a: PutItem((_index,), (3,*a.shape[2:]))(a), (((2,2),), ((2,2,3),), ((2,2,1),), ((2,2,0),)), ref=lambda torch: lambda a: torch.zeros(3, *a.shape[2:], dtype=a.dtype).index_put((torch.tensor(_index),), a, accumulate=True)),
     Case(SetItem,      'index_put(x, index, v)', lambda x,v: index_put(x, (slice(None),1), v), (((3,4),(3,)), ((3,3),()), ((2,2,3),(3,)), ((0,2),(0,)), ((1,2),(1,))), ref=lambda torch: lambda x,v: x.index_put((torch.arange(len(x)),torch.tensor(1)), v)),
     Case('index_put',  'index_put(x, index, v, True)', lambda x,v: index_put(x, _index, v, True), (((3,3),(2,2,3)), ((3,),(2,2)), ((3,2),()), ((3,1),(1,)), ((3,0),(0,))), ref=lambda torch: lambda x,v: x.index_put((torch.tensor(_index),), v, accumulate=True)),
-    Case('gather',     'gather(x, axis, places)', lambda x: x.gather(-1, _again(x)), (((2,3),), ((3,3),), ((0,3),), ((3,1),), ((4,),)), ref=lambda torch: lambda x: x.gather(-1, torch.tensor(_again(x)))),
-    Case('scatter',    'scatter(x, axis, places, v)', lambda x,v: x.scatter(-1, _again(x, 1), v), (((2,3),(2,3)), ((3,3),(3,3)), ((0,3),(0,3)), ((3,1),(3,1)), ((4,),(4,))), ref=lambda torch: lambda x,v: x.scatter(-1, torch.tensor(_again(x, 1)), v)),
-    Case('scatter',    'scatter(x, axis, places, v), fewer', lambda x,v: x.scatter(-1, [[2,0],[0,1]], v), (((2,3),(2,2)), ((3,3),(2,2))), ref=lambda torch: lambda x,v: x.scatter(-1, torch.tensor([[2,0],[0,1]]), v), why=_fixed),
-    Case('scatter_add','scatter_add(x, axis, places, v)', lambda x,v: x.scatter_add(-1, _again(x), v), (((2,3),(2,3)), ((3,3),(3,3)), ((0,3),(0,3)), ((3,1),(3,1)), ((4,),(4,))), ref=lambda torch: lambda x,v: x.scatter_add(-1, torch.tensor(_again(x)), v)),
+    Case('gather',     'gather(x, axis, at)', lambda x: x.gather(-1, _again(x)), (((2,3),), ((3,3),), ((0,3),), ((3,1),), ((4,),)), ref=lambda torch: lambda x: x.gather(-1, torch.tensor(_again(x)))),
+    Case('scatter',    'scatter(x, axis, at, v)', lambda x,v: x.scatter(-1, _again(x, 1), v), (((2,3),(2,3)), ((3,3),(3,3)), ((0,3),(0,3)), ((3,1),(3,1)), ((4,),(4,))), ref=lambda torch: lambda x,v: x.scatter(-1, torch.tensor(_again(x, 1)), v)),
+    Case('scatter',    'scatter(x, axis, fewer, v)', lambda x,v: x.scatter(-1, [[2,0],[0,1]], v), (((2,3),(2,2)), ((3,3),(2,2))), ref=lambda torch: lambda x,v: x.scatter(-1, torch.tensor([[2,0],[0,1]]), v), why=_fixed),
+    Case('scatter_add','scatter_add(x, axis, at, v)', lambda x,v: x.scatter_add(-1, _again(x), v), (((2,3),(2,3)), ((3,3),(3,3)), ((0,3),(0,3)), ((3,1),(3,1)), ((4,),(4,))), ref=lambda torch: lambda x,v: x.scatter_add(-1, torch.tensor(_again(x)), v)),
     Case('take',       'take(x, places)',    lambda x: x.take(_index), (((3,),), ((2,3),), ((3,3),), ((3,1),)), ref=lambda torch: lambda x: x.take(torch.tensor(_index)), why=dict(shapes='nothing to take of nothing')),
-    Case('index_select','index_select(x, axis, places)', lambda x: x.index_select(-1, [1,0,1]), (((2,),), ((3,3),), ((0,2),), ((1,2),)), ref=lambda torch: lambda x: x.index_select(-1, torch.tensor([1,0,1]))),
+    Case('index_select','index_select(x, axis, at)', lambda x: x.index_select(-1, [1,0,1]), (((2,),), ((3,3),), ((0,2),), ((1,2),)), ref=lambda torch: lambda x: x.index_select(-1, torch.tensor([1,0,1]))),
     Case('masked_select','masked_select(x, mask)', lambda x: x.masked_select(np.eye(3)>0), (((3,3),), ((3,1),), ((2,3,3),), ((),), ((0,3,3),)), ref=lambda torch: lambda x: x.masked_select(torch.eye(3)>0)),
     Case('embedding',  'embedding(ids, W)',  lambda W: embedding(_index, W), (((3,2),), ((3,3),), ((4,1),), ((3,0),)), ref=lambda torch: lambda W: torch.nn.functional.embedding(torch.tensor(_index), W)),
     Case(MakeTensorTuple, 'make_tuple(a, b)', lambda a,b: make_tuple(a, b)[0] * b, (((2,3),(2,3)), ((),()), ((0,3),(3,)), ((3,3),(3,1))), ref=lambda torch: lambda a,b: a*b),
@@ -277,24 +277,24 @@ ledger += [ # windows
     Case(Unfold,       'unfold(a, kernel)',  lambda a: unfold(a, (2,3), 1, 1, (2,1)), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.unfold(a, (2,3), 1, 1, (2,1))),
     Case(Fold,         'fold(a, size, kernel)', lambda a: fold(a, (3,4), 2), (((2,8,6),), ((1,4,6),), ((0,4,6),), ((4,4,6),)), ref=lambda torch: lambda a: torch.nn.functional.fold(a, (3,4), 2)),
     Case(Conv,         'conv2d(x, w, b)',    lambda x,w,b: conv2d(x, w, b, 2, (1,0)), (((2,3,5,4),(4,3,3,2),(4,)), ((1,1,3,3),(1,1,3,3),(1,)), ((2,3,3,3),(3,3,1,3),(3,)), ((0,2,4,4),(3,2,2,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv2d(x, w, b, 2, (1,0))),
-    Case(Conv,         'conv2d(x, w, groups=3, dilation=2)', lambda x,w: conv2d(x, w, groups=3, dilation=(2,1)), (((2,3,5,4),(6,1,3,2)), ((1,3,3,3),(3,1,1,3)), ((0,3,4,4),(3,1,2,2))), ref=lambda torch: lambda x,w: torch.nn.functional.conv2d(x, w, groups=3, dilation=(2,1))),
+    Case(Conv,         'conv2d(x, w, groups=3)', lambda x,w: conv2d(x, w, groups=3, dilation=(2,1)), (((2,3,5,4),(6,1,3,2)), ((1,3,3,3),(3,1,1,3)), ((0,3,4,4),(3,1,2,2))), ref=lambda torch: lambda x,w: torch.nn.functional.conv2d(x, w, groups=3, dilation=(2,1))),
     Case(ConvTranspose,'conv_transpose2d(x, w, b)', lambda x,w,b: conv_transpose2d(x, w, b, 2, (1,0)), (((2,3,5,4),(3,4,3,2),(4,)), ((1,1,3,3),(1,1,3,3),(1,)), ((2,3,3,3),(3,3,1,3),(3,)), ((0,2,4,4),(2,3,2,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv_transpose2d(x, w, b, 2, (1,0))),
     Case(ConvWeight,   'conv2d(x, w, b), backward', lambda y,x: ConvWeight(_w23)(y, x), (((2,4,3,3),(2,3,4,3)), ((1,1,2,3),(1,1,3,3)), ((0,2,2,3),(0,1,3,3))), ref=lambda torch: lambda y,x: torch.nn.grad.conv2d_weight(x, (y.shape[1],x.shape[1],2,3), y, (2,1), (1,1))),
     Case(MaxPool,      'max_pool2d(a, kernel)', lambda a: max_pool2d(a, (2,3), (2,1), 1), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.max_pool2d(a, (2,3), (2,1), 1)),
-    Case(PoolIndex,    'max_pool2d(a, kernel), where', lambda a: PoolIndex(_w22)(a, max_pool2d(a, 2, 1)), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: _pool_torch(torch)[2]),
-    Case(PoolPut,      'max_pool2d(a, kernel), backward', lambda a,at: PoolPut(_w22, (3,3))(a, at), (((1,1,2,2),_at), ((0,1,2,2),_at[:0])), ref=lambda torch: _pool_torch(torch)[0]),
-    Case(PoolTake,     'max_pool2d(a, kernel), backward twice', lambda a,at: PoolTake(_w22)(a, at), (((1,1,3,3),_at), ((0,1,3,3),_at[:0])), ref=lambda torch: _pool_torch(torch)[1]),
+    Case(PoolIndex,    'max_pool2d(a, 2), where', lambda a: PoolIndex(_w22)(a, max_pool2d(a, 2, 1)), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: _pool_torch(torch)[2]),
+    Case(PoolPut,      'max_pool2d(a, 2), backward', lambda a,at: PoolPut(_w22, (3,3))(a, at), (((1,1,2,2),_at), ((0,1,2,2),_at[:0])), ref=lambda torch: _pool_torch(torch)[0]),
+    Case(PoolTake,     'max_pool2d(a, 2), second', lambda a,at: PoolTake(_w22)(a, at), (((1,1,3,3),_at), ((0,1,3,3),_at[:0])), ref=lambda torch: _pool_torch(torch)[1]),
     Case('conv1d',     'conv1d(x, w, b)',    lambda x,w,b: conv1d(x, w, b, 2, 1), (((2,3,6),(4,3,3),(4,)), ((1,1,3),(1,1,3),(1,)), ((0,2,4),(3,2,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv1d(x, w, b, 2, 1)),
     Case('conv_transpose1d', 'conv_transpose1d(x, w, b)', lambda x,w,b: conv_transpose1d(x, w, b, 2, 1), (((2,3,6),(3,4,3),(4,)), ((1,1,3),(1,1,3),(1,)), ((0,2,4),(2,3,2),(3,))), ref=lambda torch: lambda x,w,b: torch.nn.functional.conv_transpose1d(x, w, b, 2, 1)),
     Case('max_pool1d', 'max_pool1d(a, kernel)', lambda a: max_pool1d(a, 3, 1, 1), (((2,3,5),), ((1,1,3),), ((0,2,3),), ((3,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.max_pool1d(a, 3, 1, 1)),
     Case('avg_pool1d', 'avg_pool1d(a, kernel)', lambda a: avg_pool1d(a, 3, 1, 1), (((2,3,5),), ((1,1,3),), ((0,2,3),), ((3,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool1d(a, 3, 1, 1)),
     Case('avg_pool2d', 'avg_pool2d(a, kernel)', lambda a: avg_pool2d(a, (2,3), (2,1), 1), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool2d(a, (2,3), (2,1), 1)),
-    Case('avg_pool2d', 'avg_pool2d(a, kernel, count_include_pad=False)', lambda a: avg_pool2d(a, 2, 1, 1, count_include_pad=False), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool2d(a, 2, 1, 1, count_include_pad=False)),
+    Case('avg_pool2d', 'avg_pool2d(a, 2), inside', lambda a: avg_pool2d(a, 2, 1, 1, count_include_pad=False), (((2,3,4,5),), ((1,1,3,3),), ((0,2,3,3),)), ref=lambda torch: lambda a: torch.nn.functional.avg_pool2d(a, 2, 1, 1, count_include_pad=False)),
     Case('adaptive_avg_pool1d', 'adaptive_avg_pool1d(a, size)', lambda a: adaptive_avg_pool1d(a, 3), (((2,3,5),), ((1,1,3),), ((0,2,6),), ((3,3,4),)), ref=lambda torch: lambda a: torch.nn.functional.adaptive_avg_pool1d(a, 3)),
     Case('adaptive_avg_pool2d', 'adaptive_avg_pool2d(a, size)', lambda a: adaptive_avg_pool2d(a, (2,3)), (((2,3,4,6),), ((2,2,5,5),), ((0,2,3,3),), ((1,1,4,5),)), ref=lambda torch: lambda a: torch.nn.functional.adaptive_avg_pool2d(a, (2,3))),
-    Case(Resample,     "interpolate(a, size, mode='bilinear')", lambda a: interpolate(a, (4,7), mode='bilinear'), (((2,3,2,3),), ((1,1,3,3),), ((0,2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, (4,7), mode='bilinear')),
-    Case('interpolate',"interpolate(a, scale_factor=2)", lambda a: interpolate(a, scale_factor=2), (((2,3,2,3),), ((1,1,3,3),), ((0,2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, scale_factor=2)),
-    Case('upsample',   "upsample(a, size, mode='linear', align_corners=True)", lambda a: upsample(a, 5, mode='linear', align_corners=True), (((2,3,4),), ((1,1,3),), ((3,3,3),), ((0,2,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, 5, mode='linear', align_corners=True)),
+    Case(Resample,     'interpolate(a, 4), bilinear', lambda a: interpolate(a, (4,7), mode='bilinear'), (((2,3,2,3),), ((1,1,3,3),), ((0,2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, (4,7), mode='bilinear')),
+    Case('interpolate','interpolate(a), nearest', lambda a: interpolate(a, scale_factor=2), (((2,3,2,3),), ((1,1,3,3),), ((0,2,1,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, scale_factor=2)),
+    Case('upsample',   'upsample(a, 5), linear', lambda a: upsample(a, 5, mode='linear', align_corners=True), (((2,3,4),), ((1,1,3),), ((3,3,3),), ((0,2,3),)), ref=lambda torch: lambda a: torch.nn.functional.interpolate(a, 5, mode='linear', align_corners=True)),
 ]
 
 # %% ../nbs/19_operators.ipynb #c013
@@ -313,7 +313,7 @@ _squares = op_reduce(lambda s,x: s + x*x, lambda x,y: x*2, 0., 'squares')
 ledger += [ # built of rules for numbers
     Case(Map,          'op_map(f, df)(a)',   lambda a: _cube(a), _map, ref=lambda torch: lambda a: a*a*a),
     Case(Zip,          'op_zip(f, dfa, dfb)(a, b)', lambda a,b: _mix(a, b), _zip, ref=lambda torch: lambda a,b: a*b + b),
-    Case(Reduce,       'op_reduce(f, df, 0)(a, axes)', lambda a: _squares(a, (0,-1)), (((2,3),), ((3,3),), ((2,3,4),), ((0,3),), ((1,1),)), ref=lambda torch: lambda a: (a*a).sum((0,-1))),
+    Case(Reduce,       'op_reduce(f, df)(a, axes)', lambda a: _squares(a, (0,-1)), (((2,3),), ((3,3),), ((2,3,4),), ((0,3),), ((1,1),)), ref=lambda torch: lambda a: (a*a).sum((0,-1))),
     Case(FunctionCall, 'Function.apply(a)',  _Cube.apply, _map, ref=lambda torch: lambda a: a*a*a),
 ]
 
@@ -462,23 +462,29 @@ class OperatorTable:
     def failed(self): return [(c,bad[0]) for c,r,marks in self.rows if (bad := [e for e in (r, *marks) if isinstance(e, Exception)])]
     @property
     def counts(self):
-        marks = [m for _,_,*cells in self.cells()[0] for m in cells[1:] if m!='·']
-        given = builtins.sum(m[:1]=='[' for m in marks)
-        return dict(rows=len(self.rows), classes=len({c.op for c,*_ in self.rows if isinstance(c.op, type)}), marks=len(marks)-given, reasons=given, failed=len(self.failed))
-    def cells(self):
-        "Rows of strings, and the notes that they refer to"
+        cells = [m for c,r,marks in self.rows for m in (*(vars(r).values() if isinstance(r, Checked) else (r,)), *marks)]
+        reasons = builtins.sum(isinstance(m, Reason) for m in cells)
+        return dict(rows=len(self.rows), classes=len({c.op for c,*_ in self.rows if isinstance(c.op, type)}),
+                    marks=builtins.sum(m is not None and not isinstance(m, Exception) for m in cells)-reasons, reasons=reasons, failed=len(self.failed))
+    def cells(self, number):
+        "Rows of strings, and the notes that they refer to; `number` writes a difference"
         notes = {}
         def note(text): return f'[{notes.setdefault(text, len(notes)+1)}]'
-        def cell(m): return note(m) if isinstance(m, Reason) else f"{note(f'{type(m).__name__}: {m}'.splitlines()[0])} FAILED" if isinstance(m, Exception) else m
-        def numbers(r): return [f'{e:.0e}' if e is not None else '·' for e in (r.value, r.grad, r.grad2, r.fd, r.fd2)] if isinstance(r, Checked) else [cell(r), *['']*4]
-        rows = [(c.name, c.call, shape_marks(c) + (' '+note(c.why['shapes']) if 'shapes' in c.why else ''), *numbers(r), *map(cell, marks)) for c,r,marks in self.rows]
+        def cell(m):
+            if isinstance(m, Exception): return note(f'{type(m).__name__}: {m}'.splitlines()[0]) + ' FAILED'
+            return '·' if m is None else note(m) if isinstance(m, Reason) else m if isinstance(m, str) else number(m)
+        def shapes(c): return shape_marks(c) + (' '+note(c.why['shapes']) if 'shapes' in c.why else '')
+        rows = [(c.name, c.call, shapes(c), *map(cell, vars(r).values() if isinstance(r, Checked) else (r,'','','','')), *map(cell, marks)) for c,r,marks in self.rows]
         return rows, list(notes)
     def _repr_markdown_(self):
-        rows,notes = self.cells()
-        rows = [self.header + self.further, ('---',)*len(self.header + self.further), *((f'`{n}`', f'`{c}`', *rest) for n,c,*rest in rows)]
-        return '\n'.join('| '+' | '.join(s.replace('|', '\\|') for s in r)+' |' for r in rows) + '\n\n' + '\n'.join(f'{i}. {n}' for i,n in enumerate(notes, 1))
+        def digits(e): return '=' if e==0 else f'{-np.log10(e):.0f}'
+        rows,notes = self.cells(digits)
+        join = '\u00a0'.join
+        head = ['operator', 'shapes', 'torch: value, gradient, second', 'nudge: gradient, second', *self.further]
+        rows = [(f'`{n}`' + f'<br>`{call}`'*(n!=call), shapes, join(r[:3]), join(r[3:5]), *r[5:]) for n,call,shapes,*r in rows]
+        return '\n'.join('| '+' | '.join(s.replace('|', '\\|') for s in r)+' |' for r in (head, ['---']*len(head), *rows)) + '\n\n' + '\n'.join(f'{i}. {n}' for i,n in enumerate(notes, 1))
     def __str__(self):
-        rows,notes = self.cells()
+        rows,notes = self.cells('{:.0e}'.format)
         rows = [self.header + self.further, *rows]
         widths = [builtins.max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         return '\n'.join(['  '.join(s.ljust(w) for s,w in zip(r, widths)).rstrip() for r in rows] + [f'[{i}] {n}' for i,n in enumerate(notes, 1)])
@@ -504,8 +510,7 @@ def operator_table(
     elsewhere=(),    # functions of a case that give a mark, as (name, function)
 ) -> OperatorTable:  # greatest differences, relative to the size of each array, in float64
     "Run the ledger: values and derivatives of first and second order, beside torch and beside finite differences"
-    def complex_mark(case): return '·' if (e := complex_step(case)) is None else f'{e:.0e}'
-    marks = [('complex', complex_mark)]
+    marks = [('Im', complex_step)]
     if torch:
         import torch
         marks += [('twice', lambda c: twice(c, torch)), ('NaN', lambda c: special_values(c, torch))]
