@@ -7,6 +7,7 @@ __all__ = ['RNNCell', 'LSTMCell', 'GRUCell', 'length_mask', 'RNN', 'LSTM', 'GRU'
 
 # %% ../nbs/35_sequence.ipynb #c003
 import numpy as np
+from fastcore.basics import patch
 from .autograd import Tensor, TensorOp
 from .device import Meta, xp
 from .init import as_generator, zeros
@@ -213,7 +214,12 @@ def length_mask(
     return Tensor.make_const(np.arange(t)) < unsqueeze(lengths, 1)
 
 # %% ../nbs/35_sequence.ipynb #c027
-def _forward(self, x, hx=None, lengths=None):
+@patch
+def forward(self:_Layers,
+    x:Tensor,     # (t, n, input_size), or (n, t, input_size) with `batch_first`; or (t, input_size) without a batch
+    hx=None,      # first states (layers·directions, n, k), of an LSTM a pair; zeros if `None`
+    lengths=None, # integers (n,): steps of each sequence; all of them if `None`
+):
     "Outputs (t, n, k) of the last layer, twice k if it has two directions; and the last states (layers·directions, n, k)"
     name,k,n_runs = type(self).__name__,self.hidden_size,self.num_layers*(1+self.bidirectional)
     if x.ndim not in (2,3) or x.shape[-1]!=self.input_size: raise ValueError(f"{name}: x {x.shape}, wanted {'(n, t, ' if self.batch_first else '(t, n, '}{self.input_size}) or (t, {self.input_size})")
@@ -245,8 +251,6 @@ def _forward(self, x, hx=None, lengths=None):
     if not batched: x,s = x[:,0],s[:,0]
     elif self.batch_first: x = transpose(x, (0,1))
     return x, s if self.parts==1 else (s[...,:k],s[...,k:])
-
-_Layers.forward = _forward
 
 # %% ../nbs/35_sequence.ipynb #c028
 class RNN(_Layers):

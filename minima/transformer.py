@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['MultiHeadAttention', 'causal_mask', 'scaled_dot_product_attention', 'KVCache', 'MultiheadAttention',
            'sinusoidal_positions', 'Rotary', 'TransformerEncoderLayer', 'TransformerDecoderLayer', 'TransformerEncoder',
-           'TransformerDecoder', 'GPTConfig', 'GPT', 'sample', 'generate']
+           'TransformerDecoder', 'GPTConfig', 'GPT', 'sample']
 
 # %% ../nbs/36_transformer.ipynb #c003
 from copy import deepcopy
 from dataclasses import dataclass
 import math
 import numpy as np
+from fastcore.basics import patch
 from .autograd import Tensor, TensorOp, no_grad
 from .device import xp
 from .init import as_generator, xavier_uniform, zeros
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module, ModuleList, Parameter, dropout
 from .ops.elementwise import as_tensor, gelu, relu, where
-from .ops.linalg import linear, matmul
+from .ops.linalg import linear
 from .ops.reduce import Softmax, _safe_max, mean
-from .ops.shape import broadcast_to, concat, reshape, transpose, unsqueeze
+from .ops.shape import concat, reshape, transpose, unsqueeze
 
 # %% ../nbs/36_transformer.ipynb #c006
 class _MaskedSoftmax(Softmax):
@@ -133,7 +134,18 @@ class MultiheadAttention(Module):
         return (*some(query, 0, 1), *(some(key, 1, 3) if key is value else (*some(key, 1, 2), *some(value, 2, 3))))
 
 # %% ../nbs/36_transformer.ipynb #c021
-def _forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False, cache=None):
+@patch
+def forward(self:MultiheadAttention,
+    query:Tensor, # (t, n, e); with `batch_first` (n, t, e), and so the next two; or all without n
+    key:Tensor,   # (s, n, kdim)
+    value:Tensor, # (s, n, vdim)
+    key_padding_mask=None, # (n, s): booleans, true where nobody may look, or numbers to add
+    need_weights=True,     # whether to return the weights; otherwise `None`
+    attn_mask=None,        # (t, s), or (n·heads, t, s): booleans, true where a row may not look, or numbers to add
+    average_attn_weights=True, # over the heads
+    is_causal=False,       # a causal mask besides the others, from the shapes alone
+    cache:KVCache=None,    # of the places before; the new ones are added to it
+):
     "Result, shaped as `query`, and the weights (n, t, s), of each head (n, h, t, s) if they are not averaged, or `None`"
     name,first = 'MultiheadAttention',self.batch_first
     if [x.shape[-1] for x in (query,key,value)]!=[self.embed_dim,self.kdim,self.vdim] or query.ndim not in (2,3) or not query.ndim==key.ndim==value.ndim or key.shape[:-1]!=value.shape[:-1]:
@@ -151,10 +163,9 @@ def _forward(self, query, key, value, key_padding_mask=None, need_weights=True, 
     if not batched: return y[0], a if a is None else a[0]
     return y if first else transpose(y, (0,1)), a
 
-MultiheadAttention.forward = _forward
-
 # %% ../nbs/36_transformer.ipynb #c022
-def _mask(self, dtype, n, t, s, key_padding_mask, attn_mask, is_causal):
+@patch
+def _mask(self:MultiheadAttention, dtype, n, t, s, key_padding_mask, attn_mask, is_causal):
     "All masks as one of numbers, that broadcasts to (n, h, t, s), or `None`"
     def added(what, m, shapes):
         m = as_tensor(m, what)
@@ -170,7 +181,6 @@ def _mask(self, dtype, n, t, s, key_padding_mask, attn_mask, is_causal):
         masks.append(reshape(m, (n,1,1,s)))
     return sum(masks[1:], masks[0]) if masks else None
 
-MultiheadAttention._mask = _mask
 MultiHeadAttention = MultiheadAttention
 
 # %% ../nbs/36_transformer.ipynb #c025
@@ -290,7 +300,8 @@ class TransformerEncoder(_Stacked):
 class TransformerDecoder(_Stacked):
     "Several decoder layers, and a norm if there is one"
     def __init__(self, decoder_layer, num_layers:int, norm=None): super().__init__(decoder_layer, num_layers, norm)
-    def forward(self, tgt, memory, *masks, **kwargs): return self._run(tgt, lambda l,x: l(x, memory, *masks, **kwargs))
+    def forward(self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None, tgt_is_causal=False, memory_is_causal=False):
+        return self._run(tgt, lambda l,x: l(x, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal))
 
 # %% ../nbs/36_transformer.ipynb #c040
 @dataclass
@@ -366,7 +377,8 @@ def sample(
     return order[np.arange(len(p)),i.clip(max=p.shape[1]-1)]
 
 # %% ../nbs/36_transformer.ipynb #c049
-def generate(self,
+@patch
+def generate(self:GPT,
     ids,            # integers (n, t) or (t,), at least one: where to begin
     max_new_tokens:int, # how many to write
     temperature=1., # this and the next two as in `sample`
@@ -391,5 +403,3 @@ def generate(self,
     finally:
         for m,mode in training: m.training = mode
     return text if ids.ndim==2 else text[0]
-
-GPT.generate = generate
