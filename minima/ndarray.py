@@ -572,8 +572,9 @@ _Space.vecdot = lambda self, x, y, axis=-1: self.sum(x*y, axis)
 _Space.round = lambda self, x: x if x.dtype.kind in 'iub' else np.rint(x)
 
 @patch
-def take(self:_Space, x, indices, axis):
-    "Slices at places along an axis"
+def take(self:_Space, x, indices, axis=None):
+    "Slices at places along an axis; numbers at places in row-major order if it is `None`"
+    if axis is None: x,axis = x.reshape(-1),0
     i, = normalize_axis_tuple(axis, x.ndim)
     return x[(slice(None),)*i + (np.asarray(indices),)]
 
@@ -620,6 +621,7 @@ def _method(name): return lambda self, *args, **kwargs: getattr(self.space, name
 for _name in 'sum prod max min mean var std all any argmax argmin swapaxes squeeze take'.split(): setattr(NDArray, _name, _method(_name))
 for _name in 'reshape broadcast_to flip diagonal astype'.split(): setattr(_Space, _name, lambda self, x, *args, f=getattr(NDArray, _name), **kwargs: f(self.asarray(x), *args, **kwargs))
 NDArray.mT = property(lambda self: self.swapaxes(-1, -2), doc="The last two axes exchanged")
+_Space.matrix_transpose = lambda self, x: x.mT
 NDArray.ravel = lambda self: self.reshape(-1)
 NDArray.tolist = lambda self: self.numpy().tolist()
 
