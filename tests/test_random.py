@@ -81,7 +81,8 @@ def check(leaves, steps, seed):
     us = [np.asarray(rng.standard_normal(a.shape)).astype(a.dtype) for a in arrays]
     def v(y): return np.asarray(np.random.default_rng(seed+1).standard_normal(tuple(y.shape)), str(y.dtype).split('.')[-1])
     f = lambda *xs: replay(kept, xs)
-    y,grads,grads2 = _torch_derivatives(torch, f, arrays, v, us)
+    try: y,grads,grads2 = _torch_derivatives(torch, f, arrays, v, us)
+    except RuntimeError: counts['torch gives up'] += 1; return # as behind a product of an empty float32 and a float64
     program = '; '.join(f'{ops[op][1]}({i},{j},{k})'[:40] for op,i,j,k in kept)
     tol = 1e-8 if all(a.dtype==np.float64 for a in arrays) else 2e-3
     for level in (0,LAZY):
