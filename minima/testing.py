@@ -115,7 +115,10 @@ def _torch_derivatives(torch, f, arrays, v, us, order=2):
 def _inputs(shapes, low, high, rng): return [s if isinstance(s, np.ndarray) else np.asarray(rng.uniform(low, high, s)) for s in shapes]
 def _cast(arrays, dtype): return [a.astype(dtype) if a.dtype.kind=='f' else a for a in arrays]
 def _adjoint(seed): return lambda y: np.asarray(np.random.default_rng(seed).standard_normal(tuple(y.shape)), str(y.dtype).split('.')[-1])
-def _to_numpy(x): return x.numpy() if isinstance(x, Tensor) else x.detach().numpy(force=True)
+def _to_numpy(x):
+    if isinstance(x, Tensor): return x.numpy()
+    a = x.detach().numpy(force=True)
+    return np.zeros_like(a) if x._is_zerotensor() else a # torch's own zeros may have no memory, and NumPy would read what lies there
 def _strided(a):
     "The same numbers, every second one in memory, backwards, and the axes in reverse order"
     b = np.zeros(tuple(2*n for n in a.shape[::-1]), a.dtype)[(..., *(slice(None,None,-2) for _ in a.shape))].T
