@@ -1,4 +1,4 @@
-"""minima, torch and hand-written NumPy on the same work: python benchmarks/run.py
+"""minima, torch and hand-written NumPy on the same work, and compiled loops beside NumPy's: python benchmarks/run.py
 
 Each library runs in a process of its own, pinned to the same core. The parent asks them in turn, round after round,
 compares the numbers that they return, and prints medians and ratios of medians. `--threads 2` leaves both cores free."""
@@ -8,8 +8,9 @@ from pathlib import Path
 root = Path(__file__).parent.parent
 works = dict(a='chain of 1,000 operations on 8 numbers (µs an operation)', b='10 elementwise operations, 1024×1024 (ms)',
              c='step of 784-100-10, batch 100 (ms)', d='step of 784-1024-1024-10, batch 128, Adam (ms)', g='chain of 100,000 nodes (ms)')
-scale = dict(a=1e3, b=1e3, c=1e3, d=1e3, g=1e3) # seconds to the unit above; (a) divides by 1,000 operations
-repeats = dict(a=5, b=1, c=20, d=3, g=1)
+loops = dict(h='4 elementwise operations, 1024×1024 (ms)', i='a row and a column added, 1024×1024 (ms)', j='sum over axis 0 and over axis 1, 1024×1024 (ms)', k='product, 512×512 (ms)')
+scale = dict(a=1e3, b=1e3, c=1e3, d=1e3, g=1e3) | dict.fromkeys(loops, 1e3) # seconds to the unit above; (a) divides by 1,000 operations
+repeats = dict(a=5, b=1, c=20, d=3, g=1) | dict.fromkeys(loops, 5)
 
 def data(sizes, batch):
     import numpy as np
@@ -150,13 +151,34 @@ class Numpy:
     def c(self): return self.net((784,100,10), 100, False)
     def d(self): return self.net((784,1024,1024,10), 128, True)
 
+class Arrays:
+    "NumPy's arrays, without tensors"
+    def __init__(self):
+        import numpy as np, minima.device # which keeps the memory of dead arrays, for NumPy too
+        self.np,self.array = np,np.asarray
+    def work(self, f, *arrays):
+        arrays = [self.array(a) for a in arrays]
+        return lambda: f(*arrays), lambda ys: [float(y.sum()) for y in ys]
+    def h(self): return self.work(lambda x,y: [self.np.maximum(x*y + x, 1)*.5], *big_inputs())
+    def i(self): return self.work(lambda x,y: [x + y[0], x + y[:,:1]], *big_inputs())
+    def j(self): return self.work(lambda x,y: [x.sum(axis=0), x.sum(axis=1)], *big_inputs())
+    def k(self): return self.work(lambda x,y: [x@y], *(a[:512,:512].copy() for a in big_inputs()))
+
+class Compiled(Arrays):
+    "The same on minima's own array"
+    def __init__(self):
+        super().__init__()
+        from minima.ndarray import ndarray_device
+        self.array = ndarray_device('numba').xp.asarray
+
 libraries = dict(minima=Minima, torch=Torch, numpy=Numpy)
+workers = libraries | dict(ndarray=Compiled, arrays=Arrays)
 
 def peak_kib(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 def worker(name):
     "Answer requests, a line of JSON each"
-    lib,ready = libraries[name](),{}
+    lib,ready = workers[name](),{}
     for line in sys.stdin:
         work,kind = json.loads(line)
         if kind=='memory': # how far the peak rises above what was there before, in a process that has done nothing else
@@ -173,7 +195,7 @@ def worker(name):
         print(json.dumps([(time.perf_counter()-t)/repeats[work], numbers]), flush=True)
 
 def start(name, threads):
-    env = {k:v for k,v in os.environ.items() if not k.startswith('OPENBLAS_')} | {k:str(threads) for k in ('OMP_NUM_THREADS','OPENBLAS_NUM_THREADS','MKL_NUM_THREADS')}
+    env = {k:v for k,v in os.environ.items() if not k.startswith('OPENBLAS_')} | {k:str(threads) for k in ('OMP_NUM_THREADS','OPENBLAS_NUM_THREADS','MKL_NUM_THREADS','NUMBA_NUM_THREADS')}
     env['PYTHONPATH'] = str(root)
     pin = ['taskset','-c','0'] if threads==1 else []
     return subprocess.Popen([*pin, sys.executable, __file__, '--worker', name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
@@ -183,6 +205,21 @@ def ask(process, work, kind='time'):
     line = process.stdout.readline()
     if not line: raise RuntimeError(f'a worker died on {work}')
     return json.loads(line)
+
+def alternate(work, processes, rounds):
+    "Median times of the workers, asked in turns; their numbers have to agree"
+    times,numbers = {m:[] for m in processes},{}
+    for _ in range(rounds):
+        for m,proc in processes.items():
+            t,numbers[m] = ask(proc, work); times[m].append(t*scale[work])
+    first = next(iter(numbers))
+    for m in numbers:
+        for x,y in zip(numbers[first], numbers[m]):
+            if abs(x-y) > 2e-3*max(1,abs(y)): raise SystemExit(f'({work}) {first} {numbers[first]} and {m} {numbers[m]} disagree')
+    return [statistics.median(times[m]) for m in processes]
+
+def stop(processes):
+    for proc in processes.values(): proc.stdin.close(); proc.wait()
 
 def import_times(rounds):
     "Median seconds of `import numpy` and of `import minima`, bytecode cached, alternating"
@@ -200,31 +237,31 @@ def main():
     p.add_argument('--worker', help=argparse.SUPPRESS)
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--rounds', type=int, default=15)
-    p.add_argument('--works', default='abcdgef', help='letters of the rows to run')
+    p.add_argument('--works', default='abcdgefhijk', help='letters of the rows to run')
     args = p.parse_args()
     if args.worker: return worker(args.worker)
     print(f"{args.threads} thread{'s' if args.threads>1 else ', pinned to one core'}; medians of {args.rounds} alternating rounds\n")
-    print(f"| {'work':<52} | minima | torch | NumPy by hand | minima / torch | NumPy / torch |\n|---|---|---|---|---|---|")
-    processes = {m:start(m, args.threads) for m in libraries}
+    processes = {m:start(m, args.threads) for m in libraries if set(args.works) & set(works)}
+    if set(args.works) & {*works,'e'}: print(f"| {'work':<52} | minima | torch | NumPy by hand | minima / torch | NumPy / torch |\n|---|---|---|---|---|---|")
     row = lambda name,m,t,n: print(f'| {name:<52} | {m:.3g} | {t:.3g} | {n:.3g} | {m/t:.2f} | {n/t:.2f} |', flush=True)
     for work in (w for w in works if w in args.works):
-        times,numbers = {m:[] for m in libraries},{}
-        for _ in range(args.rounds if work!='g' else max(3, args.rounds//3)):
-            for m,proc in processes.items():
-                t,numbers[m] = ask(proc, work); times[m].append(t*scale[work])
-        for m in ('torch','numpy'):
-            for x,y in zip(numbers['minima'], numbers[m]):
-                if abs(x-y) > 2e-3*max(1,abs(y)): raise SystemExit(f'({work}) minima {numbers["minima"]} and {m} {numbers[m]} disagree')
-        row(f'({work}) {works[work]}', *(statistics.median(times[m]) for m in libraries))
-    for proc in processes.values(): proc.stdin.close(); proc.wait()
+        row(f'({work}) {works[work]}', *alternate(work, processes, args.rounds if work!='g' else max(3, args.rounds//3)))
+    stop(processes)
     for work,name in (('d','(e) peak memory of 50 steps of (d) (MiB)'),('g','(g) peak memory of the chain (MiB)')):
         if not ('e' if work=='d' else 'g') in args.works: continue
         peaks = {}
         for m in libraries:
-            proc = start(m, args.threads); peaks[m] = ask(proc, work, 'memory'); proc.stdin.close(); proc.wait()
+            proc = start(m, args.threads); peaks[m] = ask(proc, work, 'memory'); stop({m:proc})
         row(name, *peaks.values())
     if 'f' in args.works:
         t = import_times(args.rounds)
         print(f"\n(f) import minima {t['minima']*1e3:.0f} ms, import numpy {t['numpy']*1e3:.0f} ms, ratio {t['minima']/t['numpy']:.2f}")
+    if set(args.works) & set(loops):
+        print(f"\n| {'work':<52} | NDArray, compiled | NumPy | NDArray / NumPy |\n|---|---|---|---|")
+        processes = {m:start(m, args.threads) for m in ('ndarray','arrays')}
+        for work in (w for w in loops if w in args.works):
+            ours,theirs = alternate(work, processes, args.rounds)
+            print(f"| {f'({work}) {loops[work]}':<52} | {ours:.3g} | {theirs:.3g} | {ours/theirs:.2f} |", flush=True)
+        stop(processes)
 
 if __name__=='__main__': main()

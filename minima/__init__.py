@@ -14,6 +14,7 @@ from .operators import (absolute, absolute as abs, add, add_scalar, adaptive_avg
     moveaxis, mul_scalar, multiply, ne, negate, norm, one_hot, outer, pad, permute, power, power_scalar, prelu, prod, relu, relu6,
     repeat_interleave, reshape, roll, rsqrt, scatter, scatter_add, selu, sigmoid, sign, silu, sin, sinh, slogdet, softmax, softplus, softsign,
     solve, sort, split, sqrt, square, squeeze, stack, std, subtract, summation, summation as sum, swapaxes, take, take_along_axis, tan, tanh,
-    tensordot, tile, topk, trace, transpose, tril, triu, trunc, unbind, undilate, unfold, unsqueeze, var, where)
+    tensordot, tile, topk, trace, transpose, tril, triu, trunc, unbind, undilate, unfold, unsqueeze, upsample, var, where)
 from .ops.elementwise import round
+from .ops.fold import Function, op_map, op_reduce, op_zip
 from .functional import checkpoint, elementwise_grad, grad, hessian, hvp, jacobian, jvp, value_and_grad, vjp

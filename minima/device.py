@@ -10,6 +10,7 @@ __all__ = ['meta', 'Device', 'cpu', 'all_devices', 'add_device', 'device_of', 'x
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 import ctypes, operator, os, sys
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
@@ -195,9 +196,10 @@ def _matmul(a, b):
 class _MetaSpace:
     "The namespace of `Meta` arrays: NumPy's functions, sorted into families by what they do to a shape"
     reductions = 'sum prod max min mean var std any all argmax argmin'.split()
-    views = 'reshape permute_dims broadcast_to expand_dims squeeze flip astype moveaxis swapaxes diagonal'.split()
+    views = 'reshape permute_dims broadcast_to expand_dims squeeze flip astype moveaxis swapaxes'.split()
     same = 'cumulative_sum cumulative_prod sort argsort roll tril triu round'.split()
     joins = dict(concat=_concat, stack=_stack)
+    linalg = SimpleNamespace(diagonal=partial(_view, np.linalg.diagonal))
     matmul = staticmethod(_matmul)
     __name__ = 'meta'
     @staticmethod

@@ -7,12 +7,11 @@ __all__ = ['value_and_grad', 'grad', 'elementwise_grad', 'vjp', 'jvp', 'jacobian
 
 # %% ../nbs/20_functional.ipynb #c003
 import numpy as np
-from .autograd import LAZY, Op, Tensor, TensorOp, TensorTuple, _propagate, enable_grad, frozen, is_grad_enabled, mode, next_rank, no_grad, tuple_get_item
+from .autograd import LAZY, Op, Tensor, TensorTuple, _propagate, enable_grad, frozen, is_grad_enabled, mode, next_rank, no_grad, tuple_get_item
 from .device import xp
 from .ops.elementwise import as_tensor
 from .ops.fold import _outside, _same
-from .ops.index import GetItem
-from .ops.shape import permute, reshape
+from .ops.shape import Stack, permute, reshape
 
 # %% ../nbs/20_functional.ipynb #c006
 def _leaves(tree):
@@ -55,13 +54,13 @@ def _variable(x, name):
     v.needs = True
     return v
 
-# %% ../nbs/20_functional.ipynb #c010
+# %% ../nbs/20_functional.ipynb #c009
 def _walk(ys, gs, xs, start, create_graph):
     "The adjoints of `xs`, given those of `ys`: backward, newest node first, through nothing older than rank `start`"
     found = _propagate(ys, gs, create_graph, True, xs, start)
     return [found[id(x)][1] if id(x) in found else None for x in xs]
 
-# %% ../nbs/20_functional.ipynb #c012
+# %% ../nbs/20_functional.ipynb #c011
 class _Linear:
     "A function at a point: its `value`, and `pull`, the transpose of its linear part"
     def __init__(self, name, f, args, argnums, has_aux=False, kwargs={}):
@@ -91,7 +90,7 @@ class _Linear:
         tree = _like(self.picked, iter(leaves))
         return tree if self.several else tree[0]
 
-# %% ../nbs/20_functional.ipynb #c013
+# %% ../nbs/20_functional.ipynb #c012
 def _argnum(i, n, name):
     if not -n <= i < n: raise ValueError(f'{name}: argnums {i} for {n} arguments')
     return i % n
@@ -101,7 +100,7 @@ def _full(t, value):
     a = t.cached_data
     return Tensor.make_const((np if a is None else xp(a)).full(t.shape, value, dtype=t.dtype))
 
-# %% ../nbs/20_functional.ipynb #c015
+# %% ../nbs/20_functional.ipynb #c014
 def value_and_grad(
     f,                  # arguments to a tensor without axes
     argnums=0,          # position of the argument to differentiate, or a tuple of positions
@@ -115,7 +114,7 @@ def value_and_grad(
         return ((y, run.aux) if has_aux else y), run.place(run.pull([_full(y, 1)]))
     return value_and_gradient
 
-# %% ../nbs/20_functional.ipynb #c016
+# %% ../nbs/20_functional.ipynb #c015
 def grad(
     f,                  # arguments to a tensor without axes
     argnums=0,          # position of the argument to differentiate, or a tuple of positions
@@ -128,7 +127,7 @@ def grad(
         return (g, y[1]) if has_aux else g
     return gradient
 
-# %% ../nbs/20_functional.ipynb #c018
+# %% ../nbs/20_functional.ipynb #c017
 def elementwise_grad(
     f,         # arguments to a tensor; each element depends on one element of the argument
     argnums=0, # position of the argument to differentiate, or a tuple of positions
@@ -139,7 +138,7 @@ def elementwise_grad(
         return run.place(run.pull([_full(y, 1) for y in run.ys]))
     return slopes
 
-# %% ../nbs/20_functional.ipynb #c036
+# %% ../nbs/20_functional.ipynb #c035
 def vjp(
     f,                  # arguments to tensors
     *args,              # where; all of them are differentiated
@@ -150,7 +149,7 @@ def vjp(
     def pull(out_grad): return run.place(run.pull(_matched(out_grad, run.value, 'vjp: the adjoint is')))
     return (run.value, pull, run.aux) if has_aux else (run.value, pull)
 
-# %% ../nbs/20_functional.ipynb #c037
+# %% ../nbs/20_functional.ipynb #c036
 def jvp(
     f,              # arguments to tensors
     primals:tuple,  # the arguments
@@ -163,7 +162,7 @@ def jvp(
     _,push = vjp(pull, _like(y, (_full(t, 0) for t in _leaves(y))))
     return y, push(tuple(tangents))[0]
 
-# %% ../nbs/20_functional.ipynb #c042
+# %% ../nbs/20_functional.ipynb #c041
 def jacobian(
     f,         # arguments to tensors
     argnums=0, # position of the argument to differentiate, or a tuple of positions
@@ -181,13 +180,8 @@ def jacobian(
         return _like(run.value, (run.place(b) for b in blocks))
     return derivatives
 
-# %% ../nbs/20_functional.ipynb #c043
-class _Stack(TensorOp):
-    "Tensors of one shape along a new first axis"
-    def compute(self, *arrays): return xp(arrays[0]).stack(arrays)
-    def gradient(self, out_grad, node): return tuple([GetItem(i)(out_grad) for i in range(len(node.inputs))])
-
-def _stack(tensors, shape): return reshape(_Stack()(*tensors), shape) if tensors else Tensor(np.zeros(shape), requires_grad=False)
+# %% ../nbs/20_functional.ipynb #c042
+def _stack(tensors, shape): return reshape(Stack(0)(*tensors), shape) if tensors else Tensor(np.zeros(shape), requires_grad=False)
 
 def _units(pull, ys, k):
     "What `pull` makes of each unit vector of the `k`-th of `ys`"
@@ -197,7 +191,7 @@ def _units(pull, ys, k):
         e.cached_data.flat[i] = 1
         yield pull([e if j==k else None for j in range(len(ys))])
 
-# %% ../nbs/20_functional.ipynb #c048
+# %% ../nbs/20_functional.ipynb #c047
 def hessian(
     f,         # arguments to a tensor
     argnums=0, # position of the argument to differentiate, or a tuple of positions
@@ -205,7 +199,7 @@ def hessian(
     "All second derivatives, as a function"
     return jacobian(jacobian(f, argnums), argnums)
 
-# %% ../nbs/20_functional.ipynb #c049
+# %% ../nbs/20_functional.ipynb #c048
 def hvp(
     f,              # arguments to a tensor without axes
     primals:tuple,  # the arguments
@@ -216,7 +210,7 @@ def hvp(
     _matched(tangents, primals, 'hvp: the tangents are')
     return vjp(grad(f, tuple(range(len(primals)))), *primals)[1](tuple(tangents))
 
-# %% ../nbs/20_functional.ipynb #c054
+# %% ../nbs/20_functional.ipynb #c053
 @frozen
 class Checkpoint(Op):
     "A function whose inner values are not kept, and are computed again for the gradient"
@@ -235,7 +229,7 @@ def _again(x):
     v.needs = x.needs
     return v
 
-# %% ../nbs/20_functional.ipynb #c055
+# %% ../nbs/20_functional.ipynb #c054
 def checkpoint(
     f, # arguments to tensors; the same ones each time it is run
 ): # a function with the same values

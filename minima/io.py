@@ -406,6 +406,10 @@ def _fold(g, op, v, y):
     y = g('Reshape', y, g.ints([n, c*math.prod(w.kernel), *count]))
     return _spread(g, w, count, size, y, _one_hot(g, w, c, v.dtype), group=c)
 
+def _resample(g, op, v, x):
+    order = [i for i in range(v.ndim) if i!=op.axis] + [op.axis]
+    y = g('MatMul', g('Transpose', x, perm=order), g.constant(op.taps.matrix.T, v.dtype))
+    return g('Transpose', y, perm=np.argsort(order).tolist())
 def _layer_norm(g, op, v, x, *wb):
     scale = wb[:1] or (g.constant(np.ones(g.fixed(g.shape(v)[-op.naxes:]), v.dtype)),)
     return g('LayerNormalization', x, *scale, *wb[1:], axis=-op.naxes, epsilon=op.eps)
@@ -464,6 +468,7 @@ onnx_rules = { # from the name of an operator's class to a function of the graph
     'Concat': lambda g, op, v, *xs: g('Concat', *xs, axis=op.axis),
     'Stack':  lambda g, op, v, *xs: g('Concat', *(g('Unsqueeze', x, g.constant([op.axis], np.int64)) for x in xs), axis=op.axis),
     'Split':  lambda g, op, v, x: g('Split', x, g.ints(op.sizes), axis=op.axis, outputs=len(op.sizes)) if len(op.sizes)>1 else [x],
+    'Unbind': lambda g, op, v, x: [g('Gather', x, g.constant(i, np.int64), axis=op.axis) for i in range(*g.fixed(g.shape(v.inputs[0])[op.axis:op.axis+1]))],
     'MakeTensorTuple': lambda g, op, v, *xs: xs,
     'TupleGetItem': lambda g, op, v, x: x[op.index],
     **dict.fromkeys(('Roll','Diagonal','PutDiagonal','EinsumDiagonal','EinsumEmbed'), _rearranged),
@@ -482,7 +487,7 @@ onnx_rules = { # from the name of an operator's class to a function of the graph
     'Det':    lambda g, op, v, x: g('Det', x),
     'Rows':   lambda g, op, v, w, i: g('Gather', w, i),
     'Linear': lambda g, op, v, x, w, *b: g('Gemm', x, w, *b, transB=1),
-    'LayerNorm':_layer_norm, 'Unfold':_unfold, 'Fold':_fold,
+    'LayerNorm':_layer_norm, 'Unfold':_unfold, 'Fold':_fold, 'Resample':_resample,
     'MaxPool': lambda g, op, v, x: _windows(g, 'MaxPool', op.windows, x),
     'Conv':    lambda g, op, v, *xs: _windows(g, 'Conv', op.windows, *xs, group=op.groups),
     'ConvTranspose': lambda g, op, v, y, w: _spread(g, op.windows, g.fixed(g.shape(v.inputs[0])[2:]), g.fixed(op.size), y, w, group=op.groups),

@@ -15,8 +15,9 @@ from collections import namedtuple
 from contextlib import contextmanager
 import numpy as np
 from fastcore.basics import patch
-from .autograd import Tensor, enable_grad, may_write, no_grad, note_write
+from .autograd import Tensor, TRACE, enable_grad, may_write, mode, no_grad, note_write
 from .device import xp
+from .ops.shape import stack
 
 # %% ../nbs/32_optim.ipynb #c007
 _limits = dict.fromkeys('lr eps momentum weight_decay lr_decay momentum_decay initial_accumulator_value tolerance_grad tolerance_change'.split(), math.inf)
@@ -144,6 +145,7 @@ def step(self:Optimizer,
     loss = None
     if closure is not None:
         with enable_grad(): loss = closure()
+    if mode.level & TRACE: self._trace_step(); return loss
     written = []
     try:
         for group in self.param_groups:
@@ -180,6 +182,45 @@ def init_state(self:Optimizer,
     for k,v in slots.items():
         if k not in s: s[k] = xp(a).full(a.shape, v, dtype=a.dtype)
     return s
+
+# %% ../nbs/32_optim.ipynb #54c12378
+@patch
+def _trace_step(self:Optimizer):
+    t = mode.trace
+    for group in self.param_groups:
+        slots,clocks = self.slots(group),{}
+        for p in group['params']:
+            if p.grad is None: continue
+            with no_grad(): a = may_write(p, 'step')
+            s = self.state.get(p)
+            if s is None or not slots.keys() <= s.keys(): s = self.init_state(p, slots)
+            key = s['step'],a.dtype
+            if key not in clocks: clocks[key] = self._trace_scalars(group, a, t)
+            states,scalars = clocks[key]
+            states.append(s)
+            old = {k:t.array(s[k]) for k in slots}
+            new = dict(old)
+            w = self.update(a, t.of(p.grad), new, *scalars)
+            if w is not a: a[...] = w
+            for k in slots:
+                if new[k] is not old[k]: old[k][...] = new[k]
+
+# %% ../nbs/32_optim.ipynb #cce9d6a3
+@patch
+def _trace_scalars(self:Optimizer, group, a, trace):
+    "States whose steps are counted together, and what `update` needs for them, each float as a traced number"
+    states,now = [],[]
+    def kinds(scalars): return [None if x.__class__ is float else x for x in scalars]
+    def advance():
+        for s in states: s['step'] += 1
+        now[:] = self.scalars(group, states[0]['step'])
+    first = self.scalars(group, 1)
+    floats = [k for k,x in enumerate(first) if x.__class__ is float]
+    def number(k):
+        if k==floats[0]: advance()
+        return now[k]
+    trace.checks.append(lambda: kinds(self.scalars(group, states[0]['step']+1))==kinds(first))
+    return states, [type(a)(trace, trace.scalar(lambda k=k: number(k), a.dtype)) if k in floats else x for k,x in enumerate(first)]
 
 # %% ../nbs/32_optim.ipynb #c023
 class SGD(Optimizer):
@@ -663,6 +704,13 @@ def clip_grad_norm_(
     "Scale all gradients together, in place, so that their norm is at most `max_norm`"
     if not max_norm >= 0: raise ValueError(f'clip_grad_norm_: max_norm is {max_norm}, wanted 0 or more')
     grads = _gradients(parameters)
+    if mode.level & TRACE and grads: # its numbers are not there yet
+        if error_if_nonfinite: raise RuntimeError('jit: clip_grad_norm_(error_if_nonfinite=True) inside a compiled function cannot know; look at the norm that it returns')
+        with no_grad():
+            total = stack([g.norm(norm_type) for g in grads]).norm(norm_type)
+            scale = (max_norm/(total + 1e-6)).minimum(1.)
+            for g in grads: g *= scale
+        return total
     norms = [np.linalg.norm(np.ravel(g.realize_cached_data()), norm_type) for g in grads]
     total = float(np.linalg.norm(np.array(norms, np.float64), norm_type)) if grads else 0.
     if error_if_nonfinite and not math.isfinite(total): raise RuntimeError(f'clip_grad_norm_: the norm of order {norm_type} is {total}')
@@ -762,6 +810,7 @@ class LRScheduler:
         self.set(self.rates(0))
     def step(self):
         "Set the rates of the next step"
+        if mode.level & TRACE: raise RuntimeError(f'jit: {type(self).__name__}.step inside a compiled function would happen once; call it outside')
         self.last_epoch += 1
         self.set(self.get_lr())
     def get_last_lr(self) -> list: # a rate for each group

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 import numpy as np
 from .autograd import Op, RECORD, LAZY, Tensor, UnaryOp, mode, using
-from .device import xp
+from .device import device_of, dtype_of, xp
 
 # %% ../nbs/04_testing.ipynb #c006
 def tdist(
@@ -85,18 +85,19 @@ class Checked:
     def worst(self, **kw): vars(self).update({k:max(getattr(self,k) or 0., v) for k,v in kw.items() if v is not None})
 
 # %% ../nbs/04_testing.ipynb #c014
-def _derivatives(f, arrays, v, us):
+def _derivatives(f, arrays, v, us, device=None):
     "Value, gradients and gradients of the gradients of `f`, in minima"
-    xs = [Tensor(a) for a in arrays]
-    for x,a in zip(xs, arrays): x.cached_data = a # the very array, strides and all
+    def put(a): return a if device is None else device.xp.asarray(a)
+    def leaf(a): return Tensor.make_const(put(a), dtype_of(a).kind=='f') # of the very array, strides and all
+    xs = [leaf(a) for a in arrays]
     y = f(*xs)
     if not y.requires_grad: return y,None,None
-    v,leaves = Tensor(v(y)),[x for x in xs if x.requires_grad]
+    v,leaves = leaf(v(y)),[x for x in xs if x.requires_grad]
     y.backward(v, create_graph=True)
     grads = [x.grad for x in leaves]
     for x in (*leaves,v): x.grad = None
     for g,u in zip(grads, us):
-        if g is not None and g.requires_grad: g.backward(u, retain_graph=True)
+        if g is not None and g.requires_grad: g.backward(Tensor.make_const(put(u)), retain_graph=True)
     return y, grads, [x.grad for x in (*leaves,v)]
 
 # %% ../nbs/04_testing.ipynb #c015
@@ -114,10 +115,13 @@ def _torch_derivatives(torch, f, arrays, v, us, order=2):
 def _inputs(shapes, low, high, rng): return [s if isinstance(s, np.ndarray) else np.asarray(rng.uniform(low, high, s)) for s in shapes]
 def _cast(arrays, dtype): return [a.astype(dtype) if a.dtype.kind=='f' else a for a in arrays]
 def _adjoint(seed): return lambda y: np.asarray(np.random.default_rng(seed).standard_normal(tuple(y.shape)), str(y.dtype).split('.')[-1])
-def _to_numpy(x): return x.numpy() if isinstance(x, Tensor) else x.detach().numpy(force=True)
+def _to_numpy(x):
+    if isinstance(x, Tensor): return x.numpy()
+    a = x.detach().numpy(force=True)
+    return np.zeros_like(a) if x._is_zerotensor() else a # torch's own zeros may have no memory, and NumPy would read what lies there
 def _strided(a):
-    "The same numbers, every second one in memory and the axes in reverse order"
-    b = np.zeros(tuple(2*n for n in a.shape[::-1]), a.dtype)[(..., *(slice(None,None,2) for _ in a.shape))].T
+    "The same numbers, every second one in memory, backwards, and the axes in reverse order"
+    b = np.zeros(tuple(2*n for n in a.shape[::-1]), a.dtype)[(..., *(slice(None,None,-2) for _ in a.shape))].T
     b[...] = a
     return b
 
@@ -132,6 +136,7 @@ def check_op(
     order=2,             # 1: leave out the gradient of the gradient
     torch=True,          # False: finite differences alone
     tol=1.,              # factor on the tolerances
+    device=None,         # where minima computes; on NumPy's arrays if `None`
 ) -> Checked:            # the greatest differences in float64
     "Compare value, gradient and gradient of the gradient of `f` with torch and with finite differences"
     if torch: torch = _import_torch()
@@ -143,37 +148,39 @@ def check_op(
         eps = np.finfo(dtype).eps*tol
         v,arrays,us_ = _adjoint(seed+1),_cast(given, dtype),_cast(us, dtype) if order>1 else []
         theirs = torch and _torch_derivatives(torch, ref or f, arrays, v, us_, order)
+        other,who = theirs,'torch'
         for name,level,layout in (('eager',0,np.asarray), ('eager, strided inputs',0,_strided), ('lazy',LAZY,np.asarray)):
             where = f' ({dtype}, {name})'
-            with using(on=level|RECORD, off=LAZY&~level): ours = _derivatives(f, [layout(a) for a in arrays], v, us_)
+            with using(on=level|RECORD, off=LAZY&~level): ours = _derivatives(f, [layout(a) for a in arrays], lambda y: layout(v(y)), [layout(u) for u in us_], device)
             y,grads,grads2 = ours
-            if theirs:
-                if str(theirs[0].dtype)!=f'torch.{y.dtype}': raise AssertionError(f'dtype{where}: {y.dtype} from minima, {theirs[0].dtype} from torch')
-                if (grads is None) != (theirs[1] is None): raise AssertionError(f'requires_grad{where}: {grads is not None} in minima, {theirs[1] is not None} in torch')
-                errors = dict(value=_compare(_to_numpy(y), _to_numpy(theirs[0]), 64*eps, f'value{where}', 'torch'))
-            else: errors = {}
+            for what,t in (('value',y), *((f'gradient of input {k}',g) for k,g in enumerate(grads or ()) if g is not None)):
+                if device not in (None, device_of(t.realize_cached_data())): raise AssertionError(f'{what}{where}: on {t.device}, wanted {device}')
+            if not other: other,who = ours,'minima, eager'
+            if str(other[0].dtype).removeprefix('torch.')!=str(y.dtype): raise AssertionError(f'dtype{where}: {y.dtype} from minima, {other[0].dtype} from {who}')
+            if (grads is None) != (other[1] is None): raise AssertionError(f'requires_grad{where}: {grads is not None} in minima, {other[1] is not None} in {who}')
+            errors = dict(value=_compare(_to_numpy(y), _to_numpy(other[0]), 64*eps, f'value{where}', who))
             leaves = [a for a in arrays if a.dtype.kind=='f']
             for k,g in enumerate(grads or ()):
                 if g is None: continue
                 if (g.shape,g.dtype)!=(leaves[k].shape,leaves[k].dtype): raise AssertionError(f'gradient of input {k}{where}: {g.shape} {g.dtype} for an input of {leaves[k].shape} {leaves[k].dtype}')
-            for key,o,t in zip(('grad','grad2')[:order], ours[1:], theirs[1:] if theirs else ()):
+            for key,o,t in zip(('grad','grad2')[:order], ours[1:], other[1:]):
                 for k,(g,h) in enumerate(zip(o or (), t or ())):
                     shape = leaves[k].shape if k<len(leaves) else y.shape
                     g,h = (np.zeros(shape) if x is None else _to_numpy(x) for x in (g,h))
                     what = f"{'gradient' if key=='grad' else 'gradient of the gradient'} of {f'input {k}' if k<len(leaves) else 'the adjoint'}{where}"
-                    errors[key] = max(errors.get(key,0), _compare(g, h, 256*eps, what, 'torch'))
+                    errors[key] = max(errors.get(key,0), _compare(g, h, 256*eps, what, who))
             if dtype=='float64':
-                worst.worst(**errors)
-                if level==0 and grads is not None: worst.worst(**_directional(f, arrays, v, us_, ds, ours, order, tol))
+                if theirs: worst.worst(**errors)
+                if level==0 and grads is not None: worst.worst(**_directional(f, arrays, v, us_, ds, ours, order, tol, device))
     return worst
 
 # %% ../nbs/04_testing.ipynb #c017
-def _directional(f, arrays, v, us, ds, ours, order, tol, h=1e-5):
+def _directional(f, arrays, v, us, ds, ours, order, tol, device=None, h=1e-5):
     "Both derivatives along one direction, beside central differences"
     def at(t):
         d = iter(ds)
         moved = [a + t*next(d) if a.dtype.kind=='f' else a for a in arrays]
-        y,grads,_ = _derivatives(f, moved, v, us)
+        y,grads,_ = _derivatives(f, moved, v, us, device)
         return (y.numpy()*v(y)).sum(), sum((g.numpy()*u).sum() for g,u in zip(grads, us) if g is not None)
     if not all(a.size for a in ds): return {}
     (y1,g1),(y0,g0) = at(h),at(-h)

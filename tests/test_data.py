@@ -133,4 +133,4 @@ def test_every_data_file_has_its_licence():
     folder = root/'minima'/'datasets'
     heads = [f.read_text(encoding='utf-8').partition('Source')[0] for f in folder.glob('LICENSE-*.txt')]
     files = [f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith('LICENSE')]
-    assert len(files)==6 and all(any(f in h for h in heads) for f in files)
+    assert len(files)==7 and all(any(f in h for h in heads) for f in files)

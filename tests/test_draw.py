@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from minima.draw import draw_graph, to_dot, to_mermaid
 from minima.scalar import Scalar, exp, log
-from test_site import browser, needs_browser # the fixture, and when there is none
+from test_site import needs_browser
 
 root = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning') # pydot's, on its parser

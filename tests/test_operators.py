@@ -1,13 +1,26 @@
-"The ledger, operator by operator: values and derivatives beside torch and differences, eager and lazy; and that it is complete"
+"The ledger, operator by operator: values and derivatives beside torch and differences, eager and lazy, special values, other libraries; and that it is complete"
 import gc
+import array_api_compat.torch, array_api_strict, torch
 import numpy as np
 import pytest
 from minima.autograd import Tensor, lazy_mode
-from minima.operators import all_operators, ledger, run_case
-from minima.testing import Checked
+from minima.device import Device, add_device
+from minima.operators import _axis_in, all_operators, elsewhere, ledger, operator_table, shape_marks
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*degrees of freedom is <= 0') # torch's, of variances of one number
+add_device(Device('torch', array_api_compat.torch), torch.Tensor)
+libraries = [('strict', lambda c: elsewhere(c, array_api_strict.asarray, np.asarray)), ('torch', lambda c: elsewhere(c, torch.tensor, lambda t: t.numpy()))]
 
 @pytest.mark.parametrize('case', ledger, ids=lambda c: c.call)
-def test_case(case): assert isinstance(run_case(case), Checked)
+def test_case(case):
+    "All comparisons agree, and every mark is there or the row says why it is not"
+    assert operator_table(elsewhere=libraries, progress=lambda _: [case]).failed == []
+
+@pytest.mark.parametrize('case', ledger, ids=lambda c: c.call)
+def test_shapes_that_hurt(case):
+    "Empty, of length 1, equal sizes, and an axis counted from the end; or the row says why not"
+    wanted = set('∅1=') | set('−'*_axis_in(case.call))
+    assert wanted <= set(shape_marks(case)) or case.why.get('shapes')
 
 def test_ledger_is_complete():
     assert {c.__name__ for c in all_operators()} == {c.name for c in ledger if isinstance(c.op, type)}

@@ -11,6 +11,7 @@ from minima.testing import _compare, _derivatives, _to_numpy, _torch_derivatives
 
 # An operator of a program: how many tensors it takes, and the call, written once for both libraries where they agree.
 # `k` is a random integer, for axes and the like. A call that does not fit the shapes is left out of the program.
+def nn(name, *args): return lambda a,k: getattr(a if isinstance(a, Tensor) else torch.nn.functional, name)(*(() if isinstance(a, Tensor) else (a,)), *args)
 unary = {
     'sin': lambda a,k: a.sin(), 'tanh': lambda a,k: a.tanh(), 'sigmoid': lambda a,k: a.sigmoid(), 'abs': lambda a,k: abs(a), 'sqrt': lambda a,k: (a*a + .5).sqrt(), 'erf': lambda a,k: a.erf(), 'clip': lambda a,k: a.clip(-.8, .9), 'log1p': lambda a,k: (a*a).log1p(),
     'cumsum': lambda a,k: a.cumsum(axis(a, k)), 'prod': lambda a,k: a.prod(axis(a, k)), 'sort': lambda a,k: a.sort(axis(a, k), bool(k%2))[0], 'flip': lambda a,k: a.flip(axis(a, k)), 'roll': lambda a,k: a.roll(k, axis(a, k)), 'tril': lambda a,k: a.tril(k%3-1),
@@ -23,12 +24,19 @@ unary = {
     'reshape': lambda a,k: a.reshape((-1,)), 'unsqueeze': lambda a,k: a.reshape((*a.shape[:k%(a.ndim+1)], 1, *a.shape[k%(a.ndim+1):])),
     'transpose': lambda a,k: a.transpose(axis(a, k), axis(a, k//3)), 'permute': lambda a,k: a.permute(tuple(sorted(range(a.ndim), key=lambda i: (i*k)%7))),
     'broadcast': lambda a,k: a.broadcast_to((2, *a.shape)), 'index': lambda a,k: a[k%len(a)], 'slice': lambda a,k: a[k%2::2], 'last': lambda a,k: a[...,-1:],
-    'gather': lambda a,k: a[[0,-1,0]],
+    'gather': lambda a,k: a[[0,-1,0]], 'cos': lambda a,k: a.cos(), 'sinh': lambda a,k: a.sinh(), 'cosh': lambda a,k: a.cosh(), 'tan': lambda a,k: (a.tanh()).tan(),
+    'arcsin': lambda a,k: (a.tanh()*.9).arcsin(), 'arccos': lambda a,k: (a.tanh()*.9).arccos(), 'arctan': lambda a,k: a.arctan(), 'arcsinh': lambda a,k: a.arcsinh(), 'arccosh': lambda a,k: (a*a + 1.5).arccosh(), 'arctanh': lambda a,k: (a.tanh()*.9).arctanh(),
+    'exp2': lambda a,k: (a*.5).exp2(), 'expm1': lambda a,k: (a*.5).expm1(), 'log2': lambda a,k: (a*a + .5).log2(), 'log10': lambda a,k: (a*a + .5).log10(), 'rsqrt': lambda a,k: (a*a + .5).rsqrt(), 'square': lambda a,k: a.square(),
+    'var': lambda a,k: a.var(axis(a, k)), 'norm': lambda a,k: a.norm(2, axis(a, k)), 'cumprod': lambda a,k: a.cumprod(axis(a, k)), 'topk': lambda a,k: a.topk(1, axis(a, k))[0], 'triu': lambda a,k: a.triu(k%3-1), 'swapaxes': lambda a,k: a.swapaxes(axis(a, k), axis(a, k//3)),
+    'chunk': lambda a,k: a.chunk(2, axis(a, k))[-1], 'split': lambda a,k: a.split(2, axis(a, k))[0], 'repeat': lambda a,k: a.repeat_interleave(2, axis(a, k)), 'masked_fill': lambda a,k: a.masked_fill(a>.2, .3), 'mod': lambda a,k: a % .7, 'floor': lambda a,k: a.floor() + a,
+    'diag_embed': lambda a,k: a.diag_embed(), 'moveaxis': lambda a,k: a.moveaxis(axis(a, k), axis(a, k//3)), 'none': lambda a,k: a[None,...], 'mask': lambda a,k: a[[True]+[k%2==0]*(len(a)-1)],
+    'gelu': nn('gelu'), 'silu': nn('silu'), 'mish': nn('mish'), 'elu': nn('elu', .7), 'selu': nn('selu'), 'celu': nn('celu', .5), 'softplus': nn('softplus'), 'leaky_relu': nn('leaky_relu', .1), 'hardtanh': nn('hardtanh'), 'logsigmoid': nn('logsigmoid'), 'softsign': nn('softsign'), 'relu6': nn('relu6'), 'hardswish': nn('hardswish'),
 }
 binary = {
     'maximum': lambda a,b,k: a.maximum(b), 'minimum': lambda a,b,k: a.minimum(b), 'arctan2': lambda a,b,k: a.arctan2(b*b + .5), 'logaddexp': lambda a,b,k: a.logaddexp(b), 'where': lambda a,b,k: a.where(b>0, b),
     'add': lambda a,b,k: a + b, 'sub': lambda a,b,k: a - b, 'mul': lambda a,b,k: a*b, 'div': lambda a,b,k: a/(b*b + .5), 'pow': lambda a,b,k: (a*a + .5)**(b*.3),
     'matmul': lambda a,b,k: a@b, 'matmul T': lambda a,b,k: a@b.transpose(-1,-2), 'gate': lambda a,b,k: a*(b>0),
+    'inner': lambda a,b,k: a.inner(b), 'outer': lambda a,b,k: a.outer(b), 'kron': lambda a,b,k: a.kron(b), 'dot': lambda a,b,k: a.dot(b), 'clip between': lambda a,b,k: a.clip(b-.5, b+.5), 'bmm': lambda a,b,k: a.bmm(b),
 }
 def axis(a, k):
     if not a.ndim: raise IndexError('no axis')
@@ -73,7 +81,8 @@ def check(leaves, steps, seed):
     us = [np.asarray(rng.standard_normal(a.shape)).astype(a.dtype) for a in arrays]
     def v(y): return np.asarray(np.random.default_rng(seed+1).standard_normal(tuple(y.shape)), str(y.dtype).split('.')[-1])
     f = lambda *xs: replay(kept, xs)
-    y,grads,grads2 = _torch_derivatives(torch, f, arrays, v, us)
+    try: y,grads,grads2 = _torch_derivatives(torch, f, arrays, v, us)
+    except RuntimeError: counts['torch gives up'] += 1; return # as behind a product of an empty float32 and a float64
     program = '; '.join(f'{ops[op][1]}({i},{j},{k})'[:40] for op,i,j,k in kept)
     tol = 1e-8 if all(a.dtype==np.float64 for a in arrays) else 2e-3
     for level in (0,LAZY):

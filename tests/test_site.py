@@ -1,9 +1,10 @@
 "Open every page of the built site in headless Chromium; build the site first if a notebook is newer"
-import fcntl, functools, html, http.server, json, os, re, shutil, subprocess, sys, threading
+import fcntl, functools, html, http.server, json, re, shutil, subprocess, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 import pytest, yaml
+from conftest import chromium
 
 root = Path(__file__).parent.parent
 docs = root/'_docs'
@@ -13,8 +14,6 @@ parts = [(o['section'], o['contents']) if isinstance(o, dict) else (None, [o]) f
 def published(nb): return re.sub(r'^\d+[a-zA-Z0-9]*_', '', nb).lower().replace('.ipynb', '.html')
 pages = [published(nb) for _,nbs in parts for nb in nbs]
 
-browsers = [os.environ.get('CHROMIUM', ''), 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable']
-chromium = next(filter(None, map(shutil.which, filter(None, browsers))), None)
 needs_browser = pytest.mark.skipif(not chromium, reason='no Chromium here: apt-get install chromium, or name one in $CHROMIUM')
 
 @pytest.fixture(scope='session')
@@ -39,15 +38,6 @@ def server(site):
         threading.Thread(target=s.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{s.server_port}'
         s.shutdown()
-
-@pytest.fixture(scope='session')
-def browser():
-    from playwright.sync_api import sync_playwright
-    args = '--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking --disable-component-update --no-first-run'.split()
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=args)
-        yield b
-        b.close()
 
 class Watched:
     "A page, and what it complained of or asked from elsewhere"

@@ -92,7 +92,11 @@ class ZipOp(TensorOp):
     def __call__(self, a, b):
         x,y,level = a.cached_data,b.cached_data,mode.level
         if level > RECORD or x is None or y is None or x.shape!=y.shape or x.dtype is not y.dtype:
-            return Tensor.make_from_op(self, align(self, a, b))
+            a,b = align(self, a, b)
+            if a.dtype!=b.dtype and a.cached_data is not None and not isinstance(a.cached_data, (np.ndarray,np.generic)): # only NumPy multiplies booleans and numbers
+                dtype = _common_dtype(a, b)
+                a,b = astype(a, dtype),astype(b, dtype)
+            return Tensor.make_from_op(self, (a,b))
         z = new_tensor(Tensor)
         try: z.cached_data = self.compute(x, y)
         except Exception: run_op(self, (a,b), (x,y)); raise
@@ -346,7 +350,7 @@ def where(
     b,         # tensor or number, taken elsewhere; all three broadcast
 ) -> Tensor:   # of the common shape
     "Choose between `a` and `b`, elementwise"
-    c = as_tensor(condition, 'where')
+    c = as_tensor(condition, 'where', a if isinstance(a, Tensor) else b)
     if c.dtype.kind!='b': raise TypeError(f'where: a condition of {c.shape} {c.dtype}, wanted booleans; a comparison makes them')
     a,b = as_tensors(a, b, 'where')
     if a.dtype!=b.dtype: a,b = (astype(x, _common_dtype(a, b)) for x in (a,b))
@@ -379,7 +383,7 @@ class AddScalar(ScalarOp):
 add = _binary('add', EWiseAdd(), AddScalar, r"$a+b$, elementwise")
 add_scalar = _scalar('add_scalar', AddScalar, r"$a+s$, elementwise")
 Tensor.__add__ = add
-Tensor.__radd__ = lambda self, other: add(as_tensor(other, 'add') if as_number(other) is None else self, self if as_number(other) is None else other)
+Tensor.__radd__ = lambda self, other: add(as_tensor(other, 'add', self) if as_number(other) is None else self, self if as_number(other) is None else other)
 Tensor.__pos__ = lambda self: self
 
 # %% ../../nbs/11_elementwise.ipynb #c050

@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..autograd import Tensor, TensorOp, UnaryOp, frozen, is_grad_enabled, may_write, note_write
 from ..device import Meta, xp
-from .elementwise import align, as_tensor, astype
+from .elementwise import _near, _zeros, align, as_tensor, astype, where
 from .reduce import TakeAlongAxis, _add_at, as_axis, as_places
 from .shape import broadcast_to, reshape
 
@@ -24,7 +24,7 @@ class GetItem(UnaryOp):
     index:object # integer, slice, `None`, `...`, array of integers or booleans, or a tuple of those
     def compute(self, x):
         if type(x) is type(self.index) is np.ndarray and self.index.dtype.kind in 'iu' and x.ndim: return x.take(self.index, axis=0) # twice as fast
-        return x[self.index]
+        return x[self.index] if isinstance(x, (np.ndarray,np.generic,Meta)) else _take_flat(x, _places(self.index, x.shape))
     def gradient(self, out_grad, node): return PutItem(self.index, node.inputs[0].shape)(out_grad)
 
 # %% ../../nbs/14_indexing.ipynb #c007
@@ -35,11 +35,12 @@ class PutItem(UnaryOp):
     index:object # as in `GetItem`
     shape:tuple  # of the result
     def compute(self, y):
-        x = xp(y).zeros(self.shape, dtype=y.dtype)
-        if isinstance(y, Meta): return x
+        if not isinstance(y, (np.ndarray,np.generic)): return _add_flat(self.shape, _places(self.index, self.shape), y)
         if _may_repeat(self.index): return _add_at(self.shape, _places(self.index, self.shape), y)
+        x = np.zeros(self.shape, y.dtype)
         x[self.index] = y
         return x
+    def meta(self, y): return Meta(self.shape, y.dtype)
     def gradient(self, out_grad, node): return GetItem(self.index)(out_grad)
 
 # %% ../../nbs/14_indexing.ipynb #c008
@@ -52,8 +53,30 @@ def _places(index, shape):
     parts = index if isinstance(index, tuple) else (index,)
     k = len(shape)
     if not any([i is ... for i in parts]): k = sum([0 if i is None or isinstance(i, (bool,np.bool_)) else i.ndim if getattr(i, 'dtype', None)==bool else 1 for i in parts])
-    rows,n = np.arange(product(shape[:k])).reshape(shape[:k])[index],product(shape[k:]) # of the axes that the index names
-    return rows if k==len(shape) else np.asarray(rows)[...,None]*n + np.arange(n)
+    rows,n = np.asarray(np.arange(product(shape[:k])).reshape(shape[:k])[index]),product(shape[k:]) # of the axes that the index names
+    return rows if k==len(shape) else (rows[...,None]*n + np.arange(n)).reshape(rows.shape + tuple(shape[k:]))
+
+def _take_flat(x, places):
+    "Elements at row-major places; the standard's own indices are a small part of NumPy's"
+    return xp(x).reshape(xp(x).take(xp(x).reshape(x, (-1,)), xp(x).asarray(places.reshape(-1)), axis=0), places.shape)
+
+def _turns(places):
+    "How often each of a row of places has stood before in it"
+    order = np.argsort(places, kind='stable')
+    turn = np.empty(len(places), int)
+    turn[order] = np.arange(len(places)) - np.searchsorted(places[order], places[order])
+    return turn
+
+def _add_flat(shape, places, y):
+    "Zeros, with `y` added in at row-major places; the standard has no scatter, so each place takes the first element meant for it, then the second, …"
+    n,places = product(shape),places.reshape(-1)
+    turn = _turns(places)
+    y,x = xp(y).concat([xp(y).reshape(y, (-1,)), xp(y).zeros((1,), dtype=y.dtype)]),xp(y).zeros(shape, dtype=y.dtype)
+    for k in range(turn.max(initial=-1)+1):
+        source,now = np.full(n, len(places)),np.flatnonzero(turn==k) # the last of `y` is 0
+        source[places[now]] = now
+        x = x + _take_flat(y, source.reshape(shape))
+    return x
 
 def _plain(index):
     "An index of NumPy objects from one that may hold tensors and lists; arrays are copied, since the graph keeps them"
@@ -88,6 +111,10 @@ class SetItem(TensorOp):
     __eq__,__hash__ = object.__eq__,object.__hash__ # an index may be an array
     index:object # as in `GetItem`
     def compute(self, x, v):
+        if not isinstance(x, (np.ndarray,np.generic)):
+            source,places = np.arange(product(x.shape)),_places(self.index, x.shape).reshape(-1)
+            source[places] = len(source) + np.arange(len(places))
+            return _take_flat(xp(x).concat([xp(x).reshape(t, (-1,)) for t in (x,v)]), source.reshape(x.shape))
         y = np.array(x, order='C')
         if _may_repeat(self.index): y.reshape(-1)[_places(self.index, y.shape).ravel()] = v.ravel() # in this order, so that the last one stays
         else: y[self.index] = v
@@ -95,17 +122,17 @@ class SetItem(TensorOp):
     def meta(self, x, v): return x
     def gradient(self, out_grad, node):
         x,v = node.inputs
-        return (self(out_grad, Tensor.make_const(np.zeros(v.shape, v.dtype))) if x.needs else None,
-                GetItem(self.index)(out_grad)*Tensor.make_const(_survivors(self.index, x.shape).astype(v.dtype)) if v.needs else None)
+        g = GetItem(self.index)(out_grad) if v.needs else None
+        if g is not None and _may_repeat(self.index): g = where(_near(_survivors(self.index, x.shape), g), g, 0.)
+        return self(out_grad, _zeros(v)) if x.needs else None, g
 
 # %% ../../nbs/14_indexing.ipynb #c021
 def _survivors(index, shape):
     "Whether a value that is written at an index is still there when all have been written"
-    if not _may_repeat(index): return np.ones((), bool)
     places = _places(index, shape)
-    last,k = np.empty(product(shape), np.int64),np.arange(places.size)
-    last[places.ravel()] = k
-    return (last[places.ravel()]==k).reshape(np.zeros(shape, bool)[index].shape)
+    last,k = np.empty(product(shape), np.int64),np.arange(places.size).reshape(places.shape)
+    last[places] = k
+    return last[places]==k
 
 # %% ../../nbs/14_indexing.ipynb #c022
 def index_put(
@@ -131,10 +158,12 @@ Tensor.index_put = index_put
 def _check_places(name, x, axis, places):
     "The axis from the front, and the places as a tensor of integers that fits beside `x`"
     axis = as_axis(name, x, axis)
-    places = as_places(name, places, x.shape[axis])
+    places = as_places(name, places, x.shape[axis], x)
     if places.ndim!=x.ndim or any([n>m for k,(n,m) in enumerate(zip(places.shape, x.shape)) if k!=axis]):
         raise ValueError(f'{name}: places {places.shape} beside x {x.shape}, axis {axis}; wanted as many axes, and sizes not above those of x but along the axis')
     return axis,places
+
+def _first(x, shape): return x if x.shape==shape else x[tuple([slice(n) for n in shape])]
 
 # %% ../../nbs/14_indexing.ipynb #c029
 def gather(
@@ -144,8 +173,7 @@ def gather(
 ) -> Tensor:  # shape of `index`
     "Elements at places along an axis"
     axis,index = _check_places('gather', x, axis, index)
-    part = tuple([slice(None if k==axis else n) for k,n in enumerate(index.shape)])
-    return TakeAlongAxis(axis)(x[part], index)
+    return TakeAlongAxis(axis)(_first(x, tuple([x.shape[k] if k==axis else n for k,n in enumerate(index.shape)])), index)
 
 Tensor.gather = gather
 
@@ -171,8 +199,7 @@ def _scatter(name, x, axis, index, src, accumulate):
     src = as_tensor(src, name)
     if src.shape and (src.ndim!=index.ndim or any([n<m for n,m in zip(src.shape, index.shape)])):
         raise ValueError(f'{name}: src {src.shape} for places {index.shape}; wanted a number, or as many axes and sizes not below')
-    if src.shape!=index.shape and src.shape: src = src[tuple([slice(n) for n in index.shape])]
-    return index_put(x, _mesh(index.numpy(), axis), src, accumulate)
+    return index_put(x, _mesh(index.numpy(), axis), _first(src, index.shape) if src.shape else src, accumulate)
 
 # %% ../../nbs/14_indexing.ipynb #c032
 def scatter_add(

@@ -444,7 +444,7 @@ class AddAlongAxis(TensorOp):
 # %% ../../nbs/12_reduce.ipynb #c085
 def _add_at(shape, places, y):
     "Zeros, with `y` added in at flat places; in one dimension, where `np.add.at` is fast"
-    x = np.zeros(shape, y.dtype)
+    x = xp(y).zeros(shape, dtype=y.dtype)
     np.add.at(x.reshape(-1), places.reshape(-1), np.ascontiguousarray(y).reshape(-1))
     return x
 
@@ -592,7 +592,7 @@ class Median(UnaryOp):
     def meta(self, x): return Meta((), x.dtype)
     def gradient(self, out_grad, node):
         x = node.inputs[0]
-        chosen = astype(x==node, x.dtype) + (x!=x)*(node!=node)
+        chosen = astype((x==node) | (x!=x) & (node!=node), x.dtype)
         return chosen*(out_grad/summation(chosen))
 
 # %% ../../nbs/12_reduce.ipynb #c104

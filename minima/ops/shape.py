@@ -6,8 +6,8 @@
 __all__ = ['cat', 'as_axes', 'Reshape', 'reshape', 'flatten', 'ravel', 'squeeze', 'unsqueeze', 'Transpose', 'transpose',
            'Permute', 'permute', 'moveaxis', 'swapaxes', 'BroadcastTo', 'broadcast_to', 'Summation', 'restore_axes',
            'summation', 'tile', 'repeat', 'repeat_interleave', 'Slice', 'Pad', 'narrow', 'Flip', 'flip', 'Roll', 'roll',
-           'Concat', 'concat', 'Split', 'split', 'chunk', 'Stack', 'stack', 'unbind', 'pad', 'dilate', 'undilate',
-           'Diagonal', 'PutDiagonal', 'diagonal', 'diag_embed', 'diag', 'Tril', 'Triu', 'tril', 'triu']
+           'Concat', 'concat', 'Split', 'split', 'chunk', 'Stack', 'Unbind', 'stack', 'unbind', 'pad', 'dilate',
+           'undilate', 'Diagonal', 'PutDiagonal', 'diagonal', 'diag_embed', 'diag', 'Tril', 'Triu', 'tril', 'triu']
 
 # %% ../../nbs/10_shape.ipynb #c003
 import numpy as np
@@ -321,10 +321,10 @@ class Flip(UnaryOp):
 # %% ../../nbs/10_shape.ipynb #c069
 def flip(
     a:Tensor, # any shape
-    *axes,    # which, as a tuple or as several integers
+    *axes,    # which, as a tuple or as several integers; all of them if none is named
 ) -> Tensor:  # same shape
     "Axes in reverse"
-    return Flip(_positive('flip', _ints(axes, 'flip'), a.shape))(a)
+    return Flip(_positive('flip', _ints(axes, 'flip') if axes else None, a.shape))(a)
 
 Tensor.flip = flip
 
@@ -358,9 +358,8 @@ class Concat(TensorOp):
     axis:int # along which, from 0
     def compute(self, *xs): return xp(xs[0]).concat(xs, axis=self.axis)
     def gradient(self, out_grad, node):
-        sizes = [x.shape[self.axis] for x in node.inputs]
-        starts = np.cumsum([0, *sizes]).tolist()
-        return tuple(narrow(out_grad, self.axis, i, n) if x.needs else None for x,i,n in zip(node.inputs, starts, sizes))
+        parts = Split(tuple([x.shape[self.axis] for x in node.inputs]), self.axis)(out_grad)
+        return tuple(parts[i] if x.needs else None for i,x in enumerate(node.inputs))
 
 # %% ../../nbs/10_shape.ipynb #c077
 def _tensors(tensors, name):
@@ -426,13 +425,23 @@ Tensor.split,Tensor.chunk = split,chunk
 # %% ../../nbs/10_shape.ipynb #c085
 @frozen
 class Stack(TensorOp):
-    "Tensors of one shape along a new axis"
+    "Tensors of one shape along a new axis; adjoint of `Unbind`"
     axis:int # the new one, from 0
     def compute(self, *xs): return xp(xs[0]).stack(xs, axis=self.axis)
     def gradient(self, out_grad, node):
-        return tuple(squeeze(narrow(out_grad, self.axis, i, 1), self.axis) if x.needs else None for i,x in enumerate(node.inputs))
+        parts = Unbind(self.axis)(out_grad)
+        return tuple(parts[i] if x.needs else None for i,x in enumerate(node.inputs))
 
 # %% ../../nbs/10_shape.ipynb #c086
+@frozen
+class Unbind(Op):
+    "The slices along an axis; adjoint of `Stack`"
+    axis:int # that is taken apart, from 0
+    def __call__(self, a): return TensorTuple.make_from_op(self, (a,))
+    def compute(self, x): return tuple([x[(slice(None),)*self.axis + (i, ...)] for i in range(x.shape[self.axis])])
+    def gradient(self, out_grad, node): return stack(out_grad, self.axis)
+
+# %% ../../nbs/10_shape.ipynb #c087
 def stack(
     tensors,    # of one shape
     axis:int=0, # the new one
@@ -448,11 +457,11 @@ def unbind(
 ) -> tuple:     # of tensors without this axis
     "The slices along an axis"
     i = _axis('unbind', axis, a.shape)
-    return tuple(squeeze(t, i) for t in split(a, 1, i)) if a.shape[i] else ()
+    return tuple(Unbind(i)(a)) if a.shape[i] else ()
 
 Tensor.unbind = unbind
 
-# %% ../../nbs/10_shape.ipynb #c089
+# %% ../../nbs/10_shape.ipynb #c090
 def _beyond(a, axis, before, after, mode):
     "What stands before and after `a` along an axis"
     n = a.shape[axis]
@@ -461,13 +470,13 @@ def _beyond(a, axis, before, after, mode):
     wide = lambda t,k: broadcast_to(t, (*a.shape[:axis], k, *a.shape[axis+1:]))
     return wide(narrow(a, axis, 0, 1), before), wide(narrow(a, axis, n-1, 1), after)
 
-# %% ../../nbs/10_shape.ipynb #c090
+# %% ../../nbs/10_shape.ipynb #c091
 _room = dict(reflect=lambda n: n-1, circular=lambda n: n, replicate=lambda n: np.inf if n else 0) # how wide the border may be
 
 def pad(
     a:Tensor,            # any shape
     pad,                 # widths: before and after the last axis, before and after the one before it, …; negative ones cut, if constant
-    mode:str='constant', # or 'reflect', 'replicate', 'circular'
+    mode:str='constant', # or 'reflect', 'replicate' (NumPy's 'edge'), 'circular'
     value:float=0,       # of a constant border
 ) -> Tensor:
     "Wider at the border"
@@ -475,6 +484,7 @@ def pad(
     if len(widths)%2 or len(widths)>2*a.ndim: raise ValueError(f'pad: {len(widths)} widths {widths} for shape {a.shape}, wanted a pair for each of the last axes')
     pairs = list(zip(range(a.ndim-1, -1, -1), widths[::2], widths[1::2])) # axis, before, after
     if mode!='constant':
+        if mode=='edge': mode = 'replicate'
         if mode not in _room: raise ValueError(f'pad: mode {mode!r}, wanted constant, reflect, replicate or circular')
         for i,b,e in pairs:
             if not 0 <= min(b,e) <= max(b,e) <= _room[mode](a.shape[i]): raise ValueError(f'pad: {mode} by {(b,e)} along axis {i} of shape {a.shape}')
@@ -491,7 +501,7 @@ def pad(
 
 Tensor.pad = pad
 
-# %% ../../nbs/10_shape.ipynb #c094
+# %% ../../nbs/10_shape.ipynb #c095
 def dilate(
     a:Tensor,     # any shape
     axes,         # an axis or several
@@ -518,16 +528,16 @@ def _gap(name, dilation):
 
 Tensor.dilate,Tensor.undilate = dilate,undilate
 
-# %% ../../nbs/10_shape.ipynb #c098
+# %% ../../nbs/10_shape.ipynb #c099
 @frozen
 class Diagonal(UnaryOp):
     "The elements at `(i, i+offset)`; adjoint of `PutDiagonal`"
     offset:int = 0     # above the main diagonal, or below if negative
     axes:tuple = (0,1) # rows and columns, from 0
-    def compute(self, x): return xp(x).diagonal(x, self.offset, *self.axes)
+    def compute(self, x): return xp(x).linalg.diagonal(xp(x).permute_dims(x, _last(self.axes, x.ndim)), offset=self.offset)
     def gradient(self, out_grad, node): return PutDiagonal(node.inputs[0].shape, self.offset, self.axes)(out_grad)
 
-# %% ../../nbs/10_shape.ipynb #c099
+# %% ../../nbs/10_shape.ipynb #c100
 @frozen
 class PutDiagonal(UnaryOp):
     "Zeros, and the elements of the last axis at `(i, i+offset)`; adjoint of `Diagonal`"
@@ -535,14 +545,17 @@ class PutDiagonal(UnaryOp):
     offset:int = 0     # as in `Diagonal`
     axes:tuple = (0,1) # as in `Diagonal`
     def compute(self, x):
-        y = xp(x).zeros(self.shape, dtype=x.dtype)
-        if isinstance(x, Meta): return y
-        i = np.arange(x.shape[-1])
-        xp(y).moveaxis(y, self.axes, (-2,-1))[..., i+max(-self.offset,0), i+max(self.offset,0)] = x
-        return y
+        order = _last(self.axes, len(self.shape))
+        *rest,m,n = [self.shape[i] for i in order]
+        y,start = xp(x).zeros((*rest, m*n), dtype=x.dtype),self.offset if self.offset>0 else -self.offset*n
+        if l := x.shape[-1]: y[...,start:start+(n+1)*(l-1)+1:n+1] = x # from a row to the next, and one place on
+        return xp(x).permute_dims(xp(x).reshape(y, (*rest, m, n)), tuple([order.index(i) for i in range(len(order))]))
+    def meta(self, x): return Meta(self.shape, x.dtype)
     def gradient(self, out_grad, node): return Diagonal(self.offset, self.axes)(out_grad)
 
-# %% ../../nbs/10_shape.ipynb #c100
+def _last(axes, n): return (*(i for i in range(n) if i not in axes), *axes)
+
+# %% ../../nbs/10_shape.ipynb #c101
 def diagonal(
     a:Tensor,     # at least two axes
     offset:int=0, # above the main diagonal, or below if negative
@@ -571,7 +584,7 @@ def diag(
 
 Tensor.diagonal,Tensor.diag_embed,Tensor.diag = diagonal,diag_embed,diag
 
-# %% ../../nbs/10_shape.ipynb #c103
+# %% ../../nbs/10_shape.ipynb #c104
 @frozen
 class Tril(UnaryOp):
     "The lower triangle, zeros above; its own adjoint"
@@ -579,32 +592,28 @@ class Tril(UnaryOp):
     def compute(self, x): return xp(x).tril(x, k=self.offset)
     def gradient(self, out_grad, node): return self(out_grad)
 
-# %% ../../nbs/10_shape.ipynb #c104
-@frozen
-class Triu(UnaryOp):
-    "The upper triangle, zeros below; its own adjoint"
-    offset:int = 0 # of the first diagonal that stays
-    def compute(self, x): return xp(x).triu(x, k=self.offset)
-    def gradient(self, out_grad, node): return self(out_grad)
-
 # %% ../../nbs/10_shape.ipynb #c105
+class Triu(Tril):
+    "The upper triangle, zeros below; its own adjoint; `offset` is that of the first diagonal that stays"
+    def compute(self, x): return xp(x).triu(x, k=self.offset)
+
+# %% ../../nbs/10_shape.ipynb #c106
 def _matrices(name, a):
     if a.ndim<2: raise ValueError(f'{name}: a tensor of shape {a.shape}, wanted at least two axes')
+    return a
 
 def tril(
     a:Tensor,     # (…, n, m)
     offset:int=0, # of the last diagonal that stays
 ) -> Tensor:      # same shape
     "The lower triangle of each matrix"
-    _matrices('tril', a)
-    return Tril(offset)(a)
+    return Tril(offset)(_matrices('tril', a))
 
 def triu(
     a:Tensor,     # (…, n, m)
     offset:int=0, # of the first diagonal that stays
 ) -> Tensor:      # same shape
     "The upper triangle of each matrix"
-    _matrices('triu', a)
-    return Triu(offset)(a)
+    return Triu(offset)(_matrices('triu', a))
 
 Tensor.tril,Tensor.triu = tril,triu
