@@ -410,6 +410,15 @@ def _resample(g, op, v, x):
     order = [i for i in range(v.ndim) if i!=op.axis] + [op.axis]
     y = g('MatMul', g('Transpose', x, perm=order), g.constant(op.taps.matrix.T, v.dtype))
     return g('Transpose', y, perm=np.argsort(order).tolist())
+def _hold(g, op, v, x, free): return x
+def _masked_softmax(g, op, v, x):
+    y = g('Softmax', x, axis=op.axis)
+    return g('Where', g('IsNaN', y), g.constant(0, v.dtype), y) # where everything was hidden
+def _rotate(g, op, v, x, c, s):
+    def half(i): return g('Slice', x, g.ints([i]), g.ints([_last]), g.ints([-1]), g.ints([2]))
+    def product(kind, a, s, b, t): return g('Unsqueeze', g(kind, g('Mul', a, s), g('Mul', b, t)), g.ints([-1]))
+    a,b = half(0),half(1)
+    return _reshape(g, op, v, g('Concat', product('Sub', a, c, b, s), product('Add', a, s, b, c), axis=-1))
 def _layer_norm(g, op, v, x, *wb):
     scale = wb[:1] or (g.constant(np.ones(g.fixed(g.shape(v)[-op.naxes:]), v.dtype)),)
     return g('LayerNormalization', x, *scale, *wb[1:], axis=-op.naxes, epsilon=op.eps)
@@ -491,7 +500,7 @@ onnx_rules = { # from the name of an operator's class to a function of the graph
     'MaxPool': lambda g, op, v, x: _windows(g, 'MaxPool', op.windows, x),
     'Conv':    lambda g, op, v, *xs: _windows(g, 'Conv', op.windows, *xs, group=op.groups),
     'ConvTranspose': lambda g, op, v, y, w: _spread(g, op.windows, g.fixed(g.shape(v.inputs[0])[2:]), g.fixed(op.size), y, w, group=op.groups),
-    '_Hold': lambda g, op, v, x, free: x,
+    '_Hold':_hold, '_MaskedSoftmax':_masked_softmax, '_Rotate':_rotate, # of modules and transformers, in later chapters
 }
 
 # %% ../nbs/29_io.ipynb #c041
