@@ -255,7 +255,7 @@ ledger += [ # indices and tuples
     Case('index_select','index_select(x, axis, at)', lambda x: x.index_select(-1, [1,0,1]), (((2,),), ((3,3),), ((0,2),), ((1,2),)), ref=lambda torch: lambda x: x.index_select(-1, torch.tensor([1,0,1]))),
     Case('masked_select','masked_select(x, mask)', lambda x: x.masked_select(np.eye(3)>0), (((3,3),), ((3,1),), ((2,3,3),), ((),), ((0,3,3),)), ref=lambda torch: lambda x: x.masked_select(torch.eye(3)>0)),
     Case(Rows,         'embedding(ids, W)',  lambda W: embedding(_index, W), (((3,2),), ((3,3),), ((4,1),), ((3,0),)), ref=lambda torch: lambda W: torch.nn.functional.embedding(torch.tensor(_index), W)),
-    Case(AddRows,      'embedding(ids, W), backward', lambda y: AddRows((3,2))(y, Tensor(_index)), (((2,2,2),),), ref=lambda torch: lambda y: torch.zeros(3, 2, dtype=y.dtype).index_put((torch.tensor(_index),), y, accumulate=True)),
+    Case(AddRows,      'embedding(ids, W), backward', lambda y: AddRows((3,y.shape[-1]))(y, Tensor(_index)), (((2,2,2),), ((2,2,3),), ((2,2,1),), ((2,2,0),)), ref=lambda torch: lambda y: torch.zeros(3, y.shape[-1], dtype=y.dtype).index_put((torch.tensor(_index),), y, accumulate=True)),
     Case(MakeTensorTuple, 'make_tuple(a, b)', lambda a,b: make_tuple(a, b)[0] * b, (((2,3),(2,3)), ((),()), ((0,3),(3,)), ((3,3),(3,1))), ref=lambda torch: lambda a,b: a*b),
     Case(TupleGetItem, 't[0]',               lambda a,b: TupleGetItem(0)(make_tuple(a*1, b)) * b, (((2,3),(2,3)), ((),()), ((0,3),(3,)), ((3,3),(3,1))), ref=lambda torch: lambda a,b: a*b),
     Case(FusedAddScalars, 'fused_add_scalars(t, 2, 3)', lambda a,b: fused_add_scalars(make_tuple(a, b), 2., 3.)[1] * a, (((2,3),(2,3)), ((),()), ((0,3),(3,)), ((3,3),(3,1))), ref=lambda torch: lambda a,b: (b+3)*a),
