@@ -17,7 +17,7 @@ setup(
                  *(f'Programming Language :: Python :: 3.{i}' for i in range(10, 14))],
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'numba': cfg['numba_requirements'].split()},
+    extras_require={k.removesuffix('_requirements'):v.split() for k,v in cfg.items() if k.endswith('_requirements')},
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['minima=minima._modidx:d']},
 )

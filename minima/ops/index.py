@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GetItem', 'PutItem', 'SetItem', 'index_put', 'gather', 'scatter', 'scatter_add', 'take', 'index_select',
-           'masked_select', 'one_hot', 'embedding']
+           'masked_select', 'one_hot', 'Rows', 'AddRows', 'embedding']
 
 # %% ../../nbs/14_indexing.ipynb #c003
 from math import prod as product
@@ -259,10 +259,29 @@ def one_hot(
     return astype(reshape(labels, (*labels.shape,1))==np.arange(n), dtype)
 
 # %% ../../nbs/14_indexing.ipynb #c040
+class Rows(TensorOp):
+    "Rows of a table (n, d) at places, integers of any shape; adjoint of `AddRows`"
+    def compute(self, w, places): return GetItem(np.asarray(places)).compute(w)
+    def meta(self, w, places): return Meta((*places.shape, *w.shape[1:]), w.dtype)
+    def gradient(self, out_grad, node):
+        w,places = node.inputs
+        return AddRows(w.shape)(out_grad, places), None
+
+# %% ../../nbs/14_indexing.ipynb #c041
+@frozen
+class AddRows(TensorOp):
+    "A table of zeros, with rows added in at places; adjoint of `Rows`"
+    shape:tuple # (n, d), of the result
+    def compute(self, y, places): return PutItem(np.asarray(places), self.shape).compute(y)
+    def meta(self, y, places): return Meta(self.shape, y.dtype)
+    def gradient(self, out_grad, node): return _rows(out_grad, node.inputs[1]), None
+
+# %% ../../nbs/14_indexing.ipynb #c042
+_rows = Rows().__call__
 def embedding(
     ids,           # integers from 0 to n-1, any shape
     weight:Tensor, # (n, d)
 ) -> Tensor:       # shape of `ids` and d
     "Rows of a table"
     if weight.ndim!=2: raise ValueError(f'embedding: weight has shape {weight.shape}, wanted (n, d)')
-    return weight[as_places('embedding', ids, len(weight))]
+    return _rows(weight, as_places('embedding', ids, len(weight)))
