@@ -584,21 +584,8 @@ def take_along_axis(self:_Space, x, indices, axis=-1):
     i, = normalize_axis_tuple(axis, x.ndim)
     return x[tuple([np.asarray(indices) if k==i else np.arange(n).reshape([-1 if j==k else 1 for j in range(x.ndim)]) for k,n in enumerate(x.shape)])]
 
-@patch
-def piecewise(self:_Space, x, conditions, functions):
-    "The value of the function whose condition holds; the last function is for the rest"
-    *values,y = [f(x) for f in functions]
-    for c,v in zip(conditions, values): y = self.where(c, v, y)
-    return y
-
-@patch
-def isclose(self:_Space, a, b, rtol=1e-5, atol=1e-8, equal_nan=False):
-    "Whether |a-b| <= atol + rtol*|b|"
-    near = (abs(a-b) <= atol + rtol*abs(b)) & np.isfinite(b) | (a==b)
-    return near | (a!=a) & (b!=b) if equal_nan else near
-
 # %% ../nbs/23_ndarray.ipynb #c085
-_borrowed = (np.sort, np.argsort, np.partition, np.argpartition, np.split)
+_borrowed = (np.sort, np.argsort)
 _lapack = (np.linalg.inv, np.linalg.solve, np.linalg.det, np.linalg.slogdet, np.linalg.cholesky, np.linalg.svd)
 
 def _borrow(f):
