@@ -10,7 +10,7 @@ __all__ = ['GetItem', 'PutItem', 'SetItem', 'index_put', 'gather', 'scatter', 's
 from math import prod as product
 import numpy as np
 from fastcore.basics import patch
-from ..autograd import Tensor, TensorOp, UnaryOp, frozen, is_grad_enabled, may_write, note_write
+from ..autograd import TRACE, Tensor, TensorOp, UnaryOp, frozen, is_grad_enabled, may_write, mode, note_write
 from ..device import Meta, xp
 from .elementwise import _near, _zeros, align, as_tensor, astype, where
 from .reduce import TakeAlongAxis, _add_at, as_axis, as_places
@@ -91,6 +91,7 @@ def _plain(index):
 @patch
 def __getitem__(self:Tensor, index)->Tensor:
     "Elements, in NumPy's grammar of indices"
+    if mode.level & TRACE and isinstance(index, Tensor) and index.dtype.kind in 'iu' and self.ndim: return _rows(self, as_places('getitem', index, len(self))) # its numbers may not be there yet
     return GetItem(_plain(index))(self)
 
 # %% ../../nbs/14_indexing.ipynb #c016
