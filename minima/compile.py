@@ -956,6 +956,25 @@ def fold(self:CProgram, k, n):
     return f'memset({to}, 0, {n.nbytes}); {loops}{to}[{i}] += {self.start(v)}[{j}];'
 
 # %% ../nbs/22_compile.ipynb #c065
+@functools.lru_cache(None)
+def _gemm():
+    "Addresses of the matrix products of NumPy's own OpenBLAS, or `None`"
+    root = Path(np.__file__).parent
+    for path in sorted([*root.parent.glob('numpy.libs/*openblas*'), *root.glob('.dylibs/*openblas*')]):
+        lib = ctypes.CDLL(str(path))
+        for start in ('scipy_cblas_', 'cblas_'):
+            if hasattr(lib, f'{start}sgemm64_'): return [ctypes.cast(lib[f'{start}{k}gemm64_'], ctypes.c_void_p).value for k in 'sd']
+
+@functools.lru_cache(None)
+def _functions(threads):
+    "Addresses of what a program calls: products, and the pool of threads"
+    gemm = _gemm() or [0, 0]
+    if threads==1: return [*gemm, 0]
+    pool = build(pool_source)
+    pool.start(threads)
+    return [*gemm, ctypes.cast(pool.share, ctypes.c_void_p).value]
+
+# %% ../nbs/22_compile.ipynb #c066
 @patch
 def matmul(self:CProgram, k, n):
     "A call of BLAS for each matrix of the batch; a large product is shared out by matrices, or by rows"
@@ -994,7 +1013,7 @@ def _layout(v):
     (m,n),(s,t) = v.shape[-2:],v.strides[-2:]
     return (111, max(s if m>1 else n, n, 1)) if (t==1 or n==1) and (s>=n or m==1) else (112, max(t if n>1 else m, m, 1))
 
-# %% ../nbs/22_compile.ipynb #c071
+# %% ../nbs/22_compile.ipynb #c072
 pool_source = header[:header.index('typedef void (*share_t)')] + r'''#include <pthread.h>
 #include <stdatomic.h>
 static pthread_mutex_t callers = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_INITIALIZER;
@@ -1046,7 +1065,7 @@ void share(int64_t parts, part_t f, ARGS) {
 }
 '''
 
-# %% ../nbs/22_compile.ipynb #c073
+# %% ../nbs/22_compile.ipynb #c074
 def cache_folder(
 ) -> Path: # `MINIMA_CACHE`, or `minima` in the user's folder for caches
     "Where libraries are kept, and nobody else may write"
@@ -1056,7 +1075,7 @@ def cache_folder(
     if s.st_uid!=os.getuid() or s.st_mode & 0o022: raise PermissionError(f'{d}: others may write there; wanted a folder of your own of mode 0700, or another one in MINIMA_CACHE')
     return d
 
-# %% ../nbs/22_compile.ipynb #c074
+# %% ../nbs/22_compile.ipynb #c075
 _flags = ('-x c -O3 -march=native -fopenmp-simd -fwrapv -fno-math-errno -fno-trapping-math -fno-tree-slp-vectorize -fno-thread-jumps '
     '-fPIC -shared -pthread -w').split()
 _fast  = '-ffp-contract=fast -fassociative-math -freciprocal-math -fno-signed-zeros'.split()
@@ -1072,7 +1091,7 @@ def library(
     key = hashlib.sha256('\0'.join([source, *command, platform.node(), platform.machine()]).encode()).hexdigest()
     return command,cache_folder()/f'{key[:32]}.so'
 
-# %% ../nbs/22_compile.ipynb #c075
+# %% ../nbs/22_compile.ipynb #c076
 _shell = 'new=$1; lib=$2; shift 2; "$@" -o "$new" - -lm && mv -f "$new" "$lib" || { rm -f "$new"; exit 1; }' # goes on if this process ends
 
 def build(
@@ -1087,7 +1106,7 @@ def build(
         if r.returncode: raise RuntimeError(f'{command[0]}: {r.stderr[:1000].strip()}')
     return ctypes.CDLL(str(lib))
 
-# %% ../nbs/22_compile.ipynb #c078
+# %% ../nbs/22_compile.ipynb #c079
 class Compiled:
     "A program that can be run"
     builder = None # thread that makes a better one
@@ -1134,7 +1153,7 @@ class Compiled:
         for v in p.no_grads: of(v).grad = None
         return p.returned(flat, arrays)
 
-# %% ../nbs/22_compile.ipynb #c079
+# %% ../nbs/22_compile.ipynb #c080
 class InNumpy(Compiled):
     "Runs a program in Python"
     backend = 'numpy'
@@ -1156,7 +1175,7 @@ class InNumpy(Compiled):
             if to is not a: np.copyto(to, a)
         return [a.copy() for a in self.new]
 
-# %% ../nbs/22_compile.ipynb #c080
+# %% ../nbs/22_compile.ipynb #c081
 class InC(Compiled):
     "Runs a program in C"
     backend = 'c'
@@ -1213,25 +1232,6 @@ class InC(Compiled):
         return as_strided(a[v.offset:], v.shape, [s*n.dtype.itemsize for s in v.strides])
 
 def _address(a): return a.__array_interface__['data'][0]
-
-# %% ../nbs/22_compile.ipynb #c081
-@functools.lru_cache(None)
-def _gemm():
-    "Addresses of the matrix products of NumPy's own OpenBLAS, or `None`"
-    root = Path(np.__file__).parent
-    for path in sorted([*root.parent.glob('numpy.libs/*openblas*'), *root.glob('.dylibs/*openblas*')]):
-        lib = ctypes.CDLL(str(path))
-        for start in ('scipy_cblas_', 'cblas_'):
-            if hasattr(lib, f'{start}sgemm64_'): return [ctypes.cast(lib[f'{start}{k}gemm64_'], ctypes.c_void_p).value for k in 'sd']
-
-@functools.lru_cache(None)
-def _functions(threads):
-    "Addresses of what a program calls: products, and the pool of threads"
-    gemm = _gemm() or [0, 0]
-    if threads==1: return [*gemm, 0]
-    pool = build(pool_source)
-    pool.start(threads)
-    return [*gemm, ctypes.cast(pool.share, ctypes.c_void_p).value]
 
 # %% ../nbs/22_compile.ipynb #c083
 _told = set()
