@@ -18,3 +18,5 @@ from .operators import (absolute, absolute as abs, add, add_scalar, adaptive_avg
 from .ops.elementwise import round
 from .ops.fold import Function, op_map, op_reduce, op_zip
 from .functional import checkpoint, elementwise_grad, grad, hessian, hvp, jacobian, jvp, value_and_grad, vjp
+from .lazy import program
+from .compile import jit
