@@ -550,13 +550,17 @@ SIMD(exp) SIMD(log) SIMD(erf) SIMD(sin) SIMD(cos) SIMD(tan) SIMD(tanh) SIMD(exp2
 #endif
 static inline double mi_exp(double x) { return exp(x); }
 static inline float mi_expf(float x) { // e^x = 2^n e^r, |r| <= ln(2)/2; the coefficients are those of Cephes' expf
-  const float y = x > 89.f ? 89.f : x < -104.f ? 0.f : x, n = rintf(y*1.44269504088896341f);
-  const float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, y));
-  const float p = fmaf(fmaf(fmaf(fmaf(fmaf(fmaf(1.9875691500e-4f, r, 1.3981999507e-3f), r, 8.3334519073e-3f), r, 4.1665795894e-2f), r, 1.6666665459e-1f), r, 5.0000001201e-1f), r*r, r) + 1.f;
-  const int32_t k = (int32_t)n, h = k >> 1; // 2^n as two factors, since one of them alone may be out of range
-  union { uint32_t i; float f; } a, b;
-  a.i = (uint32_t)(h + 127) << 23; b.i = (uint32_t)(k - h + 127) << 23;
-  return x < -104.f ? 0.f : p*a.f*b.f; // products that come out as nothing are slow
+  union { float f; int32_t i; uint32_t u; } v, t, a, b;
+  const int32_t some = x < -104.f ? 0 : -1; // none: products that come out as nothing are slow
+  v.f = x > 89.f ? 89.f : x; v.i &= some;
+  t.f = fmaf(v.f, 1.44269504088896341f, 12582912.f); // 1.5 2^23 + n
+  const float n = t.f - 12582912.f, r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, v.f)), u = r*r;
+  const float q = fmaf(fmaf(1.9875691500e-4f, r, 1.3981999507e-3f), u, fmaf(8.3334519073e-3f, r, 4.1665795894e-2f));
+  a.f = fmaf(fmaf(q, u, fmaf(1.6666665459e-1f, r, 5.0000001201e-1f)), u, r) + 1.f;
+  const int32_t k = t.i - 0x4B400000, h = k >> 1; // 2^n as two factors, since one of them alone may be out of range
+  a.u += (uint32_t)h << 23; b.u = (uint32_t)(k - h + 127) << 23;
+  a.f *= b.f; a.i &= some;
+  return a.f;
 }
 static inline double mi_erf(double x) { return erf(x); }
 static inline float mi_erff(float x) { // x p(x^2)/q(x^2), fitted to a relative error of 2e-8 up to 3.925, where erf is 1 in single precision
