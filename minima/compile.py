@@ -6,7 +6,7 @@
 __all__ = ['apart', 'ctypes_of', 'header', 'pool_source', 'Loop', 'Single', 'Fusion', 'Arena', 'Plan', 'in_numpy',
            'line_function', 'NumpyProgram', 'in_blocks', 'plan_for', 'ctype', 'has_ctype', 'in_c', 'fits_c', 'literal',
            'CLoop', 'CProgram', 'cache_folder', 'library', 'build', 'Compiled', 'InNumpy', 'InC', 'Jit', 'step_text',
-           'jit', 'derivatives', 'compiled_mark']
+           'jit', 'derivatives', 'compiled_mark', 'compiled_marks']
 
 # %% ../nbs/22_compile.ipynb #c003
 import ctypes, functools, hashlib, math, os, platform, shutil, subprocess, threading, warnings
@@ -1386,3 +1386,19 @@ def compiled_mark(
             if e.dtype!=y.dtype: raise AssertionError(f'{c.call}: dtype {y.dtype} compiled, {e.dtype} eager')
             _compare(y.numpy(), e.numpy(), {'float64':1e-12, 'float32':1e-5}[d], f'{c.call} of {[a.shape for a in arrays]} {d}, result {k}', 'eager')
     return '✓'
+
+# %% ../nbs/22_compile.ipynb #c121b
+def compiled_marks(
+    cases,   # rows of `ledger`
+    size=12, # rows that become one program
+): # a function of a row that gives its mark, or raises the error
+    "`compiled_mark` for many rows and both back-ends, several rows at a time, and one by one where that fails"
+    def marks(rows, backend):
+        try: return dict.fromkeys(map(id, rows), compiled_mark(rows, backend))
+        except Exception as e: return {id(rows[0]): e} if len(rows)==1 else {k:m for c in rows for k,m in marks([c], backend).items()}
+    found = [{k:m for i in range(0, len(cases), size) for k,m in marks(cases[i:i+size], b).items()} for b in ('numpy','c')]
+    def mark(case):
+        for m in found:
+            if isinstance(m[id(case)], Exception): raise m[id(case)]
+        return '✓'
+    return mark
