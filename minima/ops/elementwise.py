@@ -137,7 +137,7 @@ def as_tensor(x, name, near=None):
     "`x` as a tensor, if it can stand beside one; where `near` lives, if that is a tensor"
     if isinstance(x, Tensor): return x
     if is_torch(x): raise TypeError(f'{name}: a torch tensor beside a minima tensor; convert one of them, with `Tensor(t.detach().numpy())` or `torch.tensor(t.numpy())`')
-    if not isinstance(x, (np.ndarray,np.generic,list,tuple,Number)): raise TypeError(f'{name}: unsupported operand of type {type(x).__name__}; wanted a tensor, an array or a number')
+    if not isinstance(x, (np.ndarray,np.generic,list,tuple,Number)) and not (mode.level & TRACE and hasattr(x, '__array_namespace__')): raise TypeError(f'{name}: unsupported operand of type {type(x).__name__}; wanted a tensor, an array or a number')
     x = Tensor(x, requires_grad=False)
     return _near(x.cached_data, near) if isinstance(near, Tensor) else x
 
