@@ -426,7 +426,7 @@ def memory(lib, work):
     return resident('VmHWM')-before
 
 def first(lib, work):
-    "Seconds of the first three steps beyond those of three others"
+    "Seconds of the first three steps beyond those of three others: what tracing and compiling take"
     step,_ = getattr(lib, work)()
     def seconds(): t = time.perf_counter(); step(); return time.perf_counter()-t
     times = [seconds() for _ in range(10)]
@@ -440,9 +440,7 @@ def worker(name):
     except ImportError as e: return answer(str(e))
     answer(None)
     ready = {}
-    for line in sys.stdin:
-        work,kind = json.loads(line)
-        if kind!='time': answer(dict(memory=memory, first=first)[kind](lib, work)); continue
+    def timed(lib, work):
         if work not in ready:
             step,numbers = getattr(lib, work)()
             ready[work] = step,numbers(step())
@@ -450,9 +448,13 @@ def worker(name):
         gc.collect()
         t = time.perf_counter()
         for _ in range(steps[work]): step()
-        answer([(time.perf_counter()-t)/steps[work], numbers])
+        return [(time.perf_counter()-t)/steps[work], numbers]
+    for line in sys.stdin:
+        work,kind = json.loads(line)
+        try: answer(dict(time=timed, memory=memory, first=first)[kind](lib, work))
+        except Exception as e: answer(dict(problem=f'({work}) {libraries[name].title}: {type(e).__name__}: {e}'))
 
-class Missing(Exception): pass
+class Missing(Exception): "A library that is not there, or cannot do something"
 
 def start(name, threads, **more):
     env = {k:v for k,v in os.environ.items() if not k.startswith('OPENBLAS_')} | {k:str(threads) for k in ('OMP_NUM_THREADS','OPENBLAS_NUM_THREADS','MKL_NUM_THREADS','NUMBA_NUM_THREADS')} | more
@@ -467,7 +469,9 @@ def ask(process, work, kind='time'):
     process.stdin.write(json.dumps([work,kind])+'\n'); process.stdin.flush()
     line = process.stdout.readline()
     if not line: raise RuntimeError(f'a worker died on {work}')
-    return json.loads(line)
+    result = json.loads(line)
+    if isinstance(result, dict): raise Missing(result['problem'])
+    return result
 
 def ask_alone(name, threads, work, kind, **more):
     "An answer of a new process"
@@ -475,19 +479,26 @@ def ask_alone(name, threads, work, kind, **more):
     try: return ask(process, work, kind)
     finally: stop({name:process})
 
-def alternate(work, processes, rounds):
+def among(f, libs, work, problems):
+    "Results of `f` for the libraries that have this work; what others say goes to `problems`"
+    results = {}
+    for m in libs:
+        if getattr(workers[m], work, None) is None: continue
+        try: results[m] = f(m)
+        except Missing as e: problems.append(str(e))
+    return results
+
+def alternate(work, processes, rounds, problems):
     "Median times in ms of the workers, asked in turns; their numbers have to agree"
-    times,numbers = {m:[] for m in processes},{}
+    able = among(lambda m: ask(processes[m], work), processes, work, problems) # and warm
+    times,numbers = {m:[] for m in able},{m:r[1] for m,r in able.items()}
     for _ in range(rounds):
-        for m,proc in processes.items():
-            t,numbers[m] = ask(proc, work); times[m].append(t*1e3)
-    first = next(iter(numbers))
+        for m in able: times[m].append(ask(processes[m], work)[0]*1e3)
+    first = next(iter(numbers), None)
     for m in numbers:
         for x,y in zip(numbers[first], numbers[m], strict=True):
             if not abs(x-y) <= 2e-3*max(.1,abs(y)): raise SystemExit(f'({work}) {first} {numbers[first]} and {m} {numbers[m]} disagree')
     return {m:statistics.median(ts) for m,ts in times.items()}
-
-def has(name, work): return getattr(workers[name], work, None) is not None
 
 def stop(processes):
     for proc in processes.values(): proc.stdin.close(); proc.wait()
@@ -500,22 +511,24 @@ def ratios(times, libs):
     times = [times.get(m) for m in libs]
     if 'torch' not in libs: return times
     t = times[libs.index('torch')]
-    return times + [v if v is None else f'{v/t:.3g}' if v<.1*t else f'{v/t:.2f}' for m,v in zip(libs, times) if m!='torch']
+    return times + [None if v is None or t is None else f'{v/t:.3g}' if v<.1*t else f'{v/t:.2f}' for m,v in zip(libs, times) if m!='torch']
 
-def compile_times(libs, ws, threads, rounds):
+def compile_time(name, work, threads, rounds):
+    "Medians: cold; cached"
+    times = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as d:
+            caches = dict.fromkeys(('MINIMA_CACHE','TORCHINDUCTOR_CACHE_DIR','JAX_COMPILATION_CACHE_DIR'), d)
+            times.append([ask_alone(name, threads, work, 'first', **caches) for _ in range(2)])
+    return [statistics.median(ts) for ts in zip(*times)]
+
+def compile_times(libs, ws, threads, rounds, problems):
     "Print the seconds until a step is compiled, with empty caches, and in a new process with these caches"
     libs = [m for m in libs if libraries[m].compiles]
     header('compile time (s)', [f'{libraries[m].title}, {c}' for m in libs for c in ('cold','cached')])
     for work in ws:
-        cells = []
-        for m in libs:
-            times = []
-            for _ in range(rounds if has(m, work) else 0):
-                with tempfile.TemporaryDirectory() as d:
-                    caches = dict.fromkeys(('MINIMA_CACHE','TORCHINDUCTOR_CACHE_DIR','JAX_COMPILATION_CACHE_DIR'), d)
-                    times.append([ask_alone(m, threads, work, 'first', **caches) for _ in range(2)])
-            cells += [statistics.median(ts) for ts in zip(*times)] or [None]*2
-        row(f'({work}) {works[work][0]}', cells)
+        times = among(lambda m: compile_time(m, work, threads, rounds), libs, work, problems)
+        row(f'({work}) {works[work][0]}', [t for m in libs for t in times.get(m, [None]*2)])
 
 def import_times(rounds):
     "Median seconds of `import numpy` and of `import minima`, bytecode cached, alternating"
@@ -541,20 +554,21 @@ def main():
     if unknown := set(args.libs.split(',')) - {*libraries}: p.error(f'--libs: {", ".join(unknown)}; there are {", ".join(libraries)}')
     if args.more: args.works += 'e'
     print(f"{args.threads} thread{'s' if args.threads>1 else ', pinned to one core'}; medians of {args.rounds} alternating rounds\n")
-    ws,processes = [w for w in works if w in args.works],{}
+    ws,processes,problems = [w for w in works if w in args.works],{},[]
     for m in args.libs.split(',') if ws or 'e' in args.works else ():
         try: processes[m] = start(m, args.threads)
-        except Missing as e: print(f'no column for {libraries[m].title}: {e}\n')
+        except Missing as e: problems.append(f'{libraries[m].title}: {e}')
     if libs := list(processes):
         titles = [libraries[m].title for m in libs]
         header('work', titles + [f'{t} / torch' for t in titles if t!='torch' and 'torch' in libs])
     for work in ws:
-        times = alternate(work, {m:proc for m,proc in processes.items() if has(m, work)}, args.rounds if work!='g' else max(3, args.rounds//3))
+        times = alternate(work, processes, args.rounds if work!='g' else max(3, args.rounds//3), problems)
         row(f'({work}) {works[work][0]}', ratios(times, libs))
     stop(processes)
     for work,letter,name in (('d','e','(e) peak memory of 50 steps of (d) (MiB)'),('g','g','(g) peak memory of the chain (MiB)')):
-        if letter in args.works: row(name, ratios({m:ask_alone(m, args.threads, work, 'memory') for m in libs if has(m, work)}, libs))
-    if args.more: print(); compile_times(libs, [w for w in ws if w!='g'], args.threads, min(3, args.rounds))
+        if letter in args.works: row(name, ratios(among(lambda m: ask_alone(m, args.threads, work, 'memory'), libs, work, problems), libs))
+    if args.more: print(); compile_times(libs, [w for w in ws if w!='g'], args.threads, min(3, args.rounds), problems)
+    if problems: print('\nNot measured:\n' + '\n'.join(problems))
     if 'f' in args.works:
         t = import_times(args.rounds)
         print(f"\n(f) import minima {t['minima']*1e3:.0f} ms, import numpy {t['numpy']*1e3:.0f} ms, ratio {t['minima']/t['numpy']:.2f}")
@@ -563,7 +577,7 @@ def main():
         header('work', ['NDArray, compiled', 'NumPy', 'NDArray / NumPy'])
         processes = {m:start(m, args.threads) for m in ('ndarray','arrays')}
         for work in (w for w in loops if w in args.works):
-            times = [*alternate(work, processes, args.rounds).values()]
+            times = [*alternate(work, processes, args.rounds, problems).values()]
             row(f'({work}) {loops[work][0]}', [*times, f'{times[0]/times[1]:.2f}'])
         stop(processes)
 
