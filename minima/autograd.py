@@ -541,7 +541,7 @@ def may_write(t, what):
     "Refuse to write to a tensor that a graph needs"
     if mode.level & RECORD and t.needs:
         raise RuntimeError(f'{what}: in-place write to a tensor of {_describe(t)} that requires a gradient; do it under no_grad(), or make a new tensor')
-    if mode.level & TRACE: return mode.trace.of(t)
+    if mode.level & TRACE: return mode.trace.writable(t)
     a = t.realize_cached_data()
     if not isinstance(a, np.generic): return a
     t.cached_data = np.asarray(a)
@@ -556,6 +556,7 @@ def _set_data(self:Tensor, value):
     a = value.realize_cached_data() if isinstance(value, Tensor) else _as_array(value)
     if a.shape!=self.shape or a.dtype!=self.dtype:
         raise ValueError(f'data: got {a.shape} {a.dtype}, wanted the shape and dtype of the tensor, {_describe(self)}')
+    if mode.level & TRACE: return mode.trace.rebind(self, a)
     self.cached_data = a
     note_write(np.asarray(a))
 

@@ -15,7 +15,7 @@ import inspect, math
 import numpy as np
 from operator import index as operator_index
 from fastcore.meta import delegates
-from .autograd import LAZY, Tensor, TensorOp, frozen, mode, no_grad
+from .autograd import LAZY, TRACE, Tensor, TensorOp, frozen, mode, no_grad
 from .device import Meta
 from .ops.index import one_hot
 from .ops.shape import _ints
@@ -77,11 +77,12 @@ def _shape(shape, name):
     return shape
 
 def _random(draw, args, shape, dtype='float32', requires_grad=False, generator=None, device=None):
-    "A tensor of random numbers: a leaf, or in lazy mode an operator, unless it has to be a leaf"
+    "A tensor of random numbers: a leaf; in lazy mode and in a program an operator, unless it has to be a leaf"
     shape,dtype = _shape(shape, draw.__name__.strip('_')),np.dtype(dtype)
-    if mode.level & LAZY and not requires_grad and device is None:
+    if mode.level & TRACE or mode.level & LAZY and not requires_grad and device is None:
         as_generator(generator) # complains now
-        return Tensor.make_from_op(_Random(draw, args, shape, dtype, generator), ())
+        t = Tensor.make_from_op(_Random(draw, args, shape, dtype, generator), ())
+        return t.requires_grad_() if requires_grad else t
     return _leaf(draw(as_generator(generator), shape, dtype, *args), requires_grad, device)
 
 def _bits(dtype): return np.float32 if dtype.itemsize<=4 else np.float64 # what NumPy draws in

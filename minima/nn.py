@@ -23,7 +23,7 @@ from inspect import Signature, signature
 import math
 import numpy as np
 from fastcore.basics import patch
-from .autograd import Handle, Tensor, TensorOp, frozen, may_write, next_rank, no_grad, note_write
+from .autograd import TRACE, Handle, Tensor, TensorOp, frozen, may_write, mode, next_rank, no_grad, note_write
 from .device import Meta, xp
 from .init import as_generator, kaiming_uniform, ones, rand, randb, randn, zeros
 from .ops.conv import _each, adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, conv1d, conv2d, conv_transpose1d, conv_transpose2d, interpolate, max_pool1d, max_pool2d
@@ -52,6 +52,7 @@ class Module:
     _buffers,_hooks = {},None # a module has its own where it has any
     def forward(self, *args, **kwargs): raise NotImplementedError(f'{type(self).__name__} has no forward')
     def __call__(self, *args, **kwargs):
+        if mode.level & TRACE: mode.trace.modules.append(self)
         if self._hooks is None: return self.forward(*args, **kwargs)
         return self._call_hooked(args, kwargs)
     def __setattr__(self, name, value):
@@ -973,9 +974,11 @@ def _class_rows(name, z, target, weight):
     return rows(z), rows(target), False, s, weight
 
 # %% ../nbs/31_nn.ipynb #c086
-def _none_counts(y, ignore_index): # then a mean is 0/0, with gradient 0, as in torch
+def _counted(loss, y, ignore_index):
+    "A mean over nothing is 0/0, with gradient 0, as in torch"
     a = y.cached_data
-    return a is not None and a.size>0 and a[0]==ignore_index and bool((a==ignore_index).all())
+    if a is None or mode.level & TRACE: return where((y==ignore_index).all(), loss+math.nan, loss) if y.size else loss
+    return loss+math.nan if a.size and a[0]==ignore_index and (a==ignore_index).all() else loss
 
 # %% ../nbs/31_nn.ipynb #c087
 _softmax_cross_entropy = SoftmaxCrossEntropy().__call__
@@ -999,7 +1002,7 @@ def cross_entropy(
         log_p = log_softmax(z)
         return _reduce('cross_entropy', reshape(-summation((_gate(log_p, t) if index else log_p)*t, (1,)), s), reduction) # -∞·0 shall be 0
     loss = _softmax_cross_entropy(z, t)
-    return loss + math.nan if index and _none_counts(y, ignore_index) else loss
+    return _counted(loss, y, ignore_index) if index else loss
 
 # %% ../nbs/31_nn.ipynb #c088
 def nll_loss(
@@ -1014,7 +1017,7 @@ def nll_loss(
     if not index: raise ValueError(f'nll_loss: target {y.shape} {y.dtype}, wanted integers {s}')
     t = _Targets(x.shape[1], x.dtype, ignore_index, 0., reduction=='mean')(y, *weight)
     loss = _reduce('nll_loss', reshape(-summation(_gate(x, t)*t, (1,)), s), reduction)
-    return loss + math.nan if reduction=='mean' and _none_counts(y, ignore_index) else loss
+    return _counted(loss, y, ignore_index) if reduction=='mean' else loss
 
 # %% ../nbs/31_nn.ipynb #c089
 def multi_margin_loss(
