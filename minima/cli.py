@@ -20,7 +20,7 @@ import numpy as np
 from .autograd import Tensor, no_grad
 from .data import CharTokenizer, Compose, DataLoader, ArrayDataset, Dataset, RandomCrop, RandomRotation, RandomSampler, Subset, _parse, _rows, find_mnist, mnist5k, shakespeare
 from .device import set_num_threads
-from .init import as_generator
+from .init import as_generator, kaiming_normal
 from .io import atomic_write, load, load_model, need, save
 from .nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Embedding, Flatten, Lambda, Linear, MaxPool2d, Module, ReLU, Residual, Sequential, cross_entropy
 from .operators import operator_table
@@ -53,7 +53,10 @@ def writable(
 
 # %% ../nbs/39_cli.ipynb #c009
 def mlp(settings, g):
-    return Sequential(Flatten(), Linear(math.prod(settings['shape']), settings['hidden'], generator=g), ReLU(), Linear(settings['hidden'], 10, generator=g))
+    net = Sequential(Flatten(), Linear(math.prod(settings['shape']), settings['hidden'], False), ReLU(), Linear(settings['hidden'], 10, False))
+    with no_grad():
+        for p in net.parameters(): p[...] = kaiming_normal(*p.shape, nonlinearity='relu', generator=g)
+    return net
 
 def lenet(settings, g):
     h,w = ((n//2-4)//2 for n in settings['shape'])
@@ -274,14 +277,15 @@ def train(
     if args.out is None: args.out = Path('runs/text' if models[args.model or 'mlp'].text else 'runs/mnist')
     checkpoint = args.out/'checkpoint.npz'
     try: saved,done = saved_run(checkpoint) if args.resume else (None,0)
+    except FileNotFoundError: args.parser.error(f'--resume: there is no checkpoint in {args.out}')
     except (OSError,ValueError) as e: args.parser.error(f'--resume: {e}')
     settings = settle(args, saved)
-    if settings['epochs']<done: args.parser.error(f"--epochs: {settings['epochs']}, the run in {args.out} is in its {done}th")
+    if settings['epochs']<done: args.parser.error(f"--epochs: {settings['epochs']}, the run in {args.out} has come to {done}")
     try: dls,told = (text_data if models[settings['model']].text else image_data)(settings)
     except (OSError,ValueError) as e: args.parser.error(f'--data: {e}')
     set_num_threads(1) # of BLAS: the products are small, and another number of threads gives other bits
     try: learn = make_learner(settings, dls, [TerminateOnNaNCallback(), Settings(settings), CheckpointCallback(checkpoint, 1000, args.resume)])
-    except ValueError as e: args.parser.error(f'--model: {e}')
+    except ValueError as e: args.parser.error(f'--model, --hidden: {e}')
     with writable(args.out, ['config.json','weights.npz','history.csv','loss.svg','checkpoint.npz']):
         print(f"{settings['data'] or ('Hamlet' if models[settings['model']].text else 'mnist5k')}: {told}; {settings['model']}, {sum(p.size for p in learn.model.parameters()):,} weights", flush=True)
         if not args.resume: checkpoint.unlink(missing_ok=True)
@@ -355,7 +359,9 @@ def predict(
             xs.append(CharTokenizer(settings['chars']).encode(read_text(f)) if text else as_input(read_pixels(f), settings['shape']))
             if not len(xs[-1]): raise ValueError('an empty file, wanted a text to go on with')
         except ImportError: raise
-        except Exception as e: args.parser.error(f"{f}: {e or type(e).__name__}; wanted {'a text' if text else 'an image'}, which {run} has learned to read")
+        except Exception as e: # whatever a torn picture makes of Pillow
+            told = str(getattr(e, 'strerror', None) or e or type(e).__name__).removeprefix(f'{f}: ')
+            args.parser.error(f"{f}: {told}; the model in {run} reads {'texts' if text else 'images'}")
     set_num_threads(1)
     if text:
         for f,x in zip(args.files, xs):
