@@ -308,7 +308,8 @@ def load_run(
         learn = make_learner(settings)
     except FileNotFoundError as e: raise ValueError(f'{folder}: there is no model in it; minima train makes one') from e
     except (KeyError,TypeError,ValueError) as e: raise ValueError(f'{folder}/config.json: {type(e).__name__}: {e}; wanted one that minima train has written') from e
-    load_model(learn.model, folder/'weights.npz')
+    try: load_model(learn.model, folder/'weights.npz')
+    except RuntimeError as e: raise ValueError(f'{folder}/weights.npz: the weights of another model than config.json says') from e
     return settings,learn
 
 # %% ../nbs/39_cli.ipynb #c031
