@@ -14,6 +14,7 @@ __all__ = ['softmax_loss', 'nn_epoch', 'loss_err', 'CancelStepException', 'Cance
 import json, math, os, re, sys
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 import numpy as np
