@@ -178,7 +178,7 @@ def init_state(self:Optimizer,
     slots, # name of an array -> the number that it is filled with
 ) -> dict: # 'step': how many there have been; name: array of the shape of `p`
     "The state of a parameter, with the arrays that it lacks"
-    s,a = self.state.setdefault(p, {'step':0}),p.realize_cached_data()
+    s,a = self.state.setdefault(p, {'step':0}),p.cached_data if mode.level & TRACE else p.realize_cached_data()
     for k,v in slots.items():
         if k not in s: s[k] = xp(a).full(a.shape, v, dtype=a.dtype)
     return s
