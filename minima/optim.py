@@ -222,7 +222,7 @@ def _trace_scalars(self:Optimizer, group, a, trace):
         if k==floats[0]: advance()
         return now[k]
     trace.watch(lambda: kinds(self.scalars(group, states[0]['step']+1)) if states else kinds(first))
-    return states, [type(a)(trace, trace.scalar(lambda k=k: number(k), a.dtype)) if k in floats else x for k,x in enumerate(first)]
+    return states, [trace.scalar(lambda k=k: number(k), a.dtype) if k in floats else x for k,x in enumerate(first)]
 
 # %% ../nbs/32_optim.ipynb #c026
 class SGD(Optimizer):
