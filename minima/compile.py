@@ -1116,8 +1116,8 @@ class Compiled:
         p = plan.program
         t = p.trace
         self.plan,self.program,self.lock = plan,p,threading.RLock()
-        self.tensors = list(t.tensors.values())
-        self.outside = {id(o) for pair in self.tensors for o in pair} | {id(a) for kind,a,_ in t.inputs if kind in ('array','strided')}
+        self.tensors = [(v, a, v.needs) for v,a in t.tensors.values()]
+        self.outside = {id(o) for pair in t.tensors.values() for o in pair} | {id(a) for kind,a,_ in t.inputs if kind in ('array','strided')}
         if not any(isinstance(c, tuple) for c in p.changed): self.outside &= p.changed # what must not be an argument as well
         self.varying = [k for k,(kind,*_) in enumerate(t.inputs) if kind!='array'] # inputs whose arrays can be others at each call
         self.written = [t.inputs[k][1] for k in p.targets if k is not None and t.inputs[k][0] in ('array','strided')]
@@ -1125,8 +1125,8 @@ class Compiled:
         self.replaced = [v for v,_ in p.set_grads if not isinstance(v, int) and id(v) not in read]
     def current(self, flat):
         "Does all that was seen when the function was traced still hold?"
-        for v,a in self.tensors:
-            if v.cached_data is not a: return False
+        for v,a,needs in self.tensors:
+            if v.cached_data is not a or v.needs!=needs: return False
         for v,had in self.program.guards:
             if (v.grad is not None)!=had: return False
         for f,value in self.program.trace.watched:
