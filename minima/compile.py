@@ -1121,6 +1121,9 @@ class Compiled:
         if not any(isinstance(c, tuple) for c in p.changed): self.outside &= p.changed # what must not be an argument as well
         self.varying = [k for k,(kind,*_) in enumerate(t.inputs) if kind!='array'] # inputs whose arrays can be others at each call
         self.written = [t.inputs[k][1] for k in p.targets if k is not None and t.inputs[k][0] in ('array','strided')]
+        self.given = [self.varying.index(k) for k in p.targets if k is not None and t.inputs[k][0]=='argument'] # arguments that are written to
+        self.owners = {id(_owner(a)) for a in self.written}
+        if not all(a.flags.writeable for a in self.written): raise ValueError('jit: assignment destination is read-only')
         read = {id(thing) for kind,thing,_ in t.inputs if kind=='grad'}
         self.replaced = [v for v,_ in p.set_grads if not isinstance(v, int) and id(v) not in read]
     def current(self, flat):
@@ -1145,6 +1148,7 @@ class Compiled:
         p = self.program
         with self.lock:
             arrays = [self.fetch(k, flat) for k in self.varying]
+            if self.given or self.owners and not self.owners.isdisjoint([id(_owner(a)) for a in arrays]): self.check_writes(arrays)
             for v in self.replaced: v.grad = None # the memory can be used again
             arrays = self.run(arrays, [f() for f in p.trace.scalars])
         note_write(*self.written)
@@ -1152,6 +1156,15 @@ class Compiled:
         for (v,_),a in zip(p.set_grads, arrays[len(p.outputs):]): of(v).grad = Tensor.make_const(a)
         for v in p.no_grads: of(v).grad = None
         return p.returned(flat, arrays)
+    def check_writes(self, arrays):
+        "Refuse a write to what cannot be written to, or shares memory with something that is read"
+        given,fixed = [arrays[i] for i in self.given],[a for kind,a,_ in self.program.trace.inputs if kind=='array']
+        if not all(a.flags.writeable for a in given): raise ValueError('jit: assignment destination is read-only')
+        for a in given + self.written:
+            for b in arrays + fixed*any(a is c for c in given):
+                if a is not b and np.may_share_memory(a, b): raise TraceError(f'jit: an in-place write to an array of {a.shape} that shares memory with another one, of {b.shape}')
+
+def _owner(a): return a if a.base is None else a.base
 
 # %% ../nbs/22_compile.ipynb #c080
 class InNumpy(Compiled):
