@@ -1152,6 +1152,7 @@ class Compiled:
             for v in self.replaced: v.grad = None # the memory can be used again
             arrays = self.run(arrays, [f() for f in p.trace.scalars])
         note_write(*self.written)
+        for f in p.trace.after: f()
         of = lambda v: flat[v] if v.__class__ is int else v
         for (v,_),a in zip(p.set_grads, arrays[len(p.outputs):]): of(v).grad = Tensor.make_const(a)
         for v in p.no_grads: of(v).grad = None

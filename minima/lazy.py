@@ -129,6 +129,7 @@ class Trace:
         self.bound   = {} # id of a tensor -> (tensor, the traced array that it was bound to)
         self.known   = {} # id of an array that nothing from outside has gone into -> array
         self.watched = [] # (function, what it returned)
+        self.after   = [] # functions, called after each run that did not fail
         self.modules = [] # that were called
         self.grads   = {} # id of a tensor -> [tensor, gradient before, was it read before it was set?]
         self.given   = {} # id of an argument -> its number
@@ -180,6 +181,7 @@ class TraceArray:
     ndim  = property(lambda self: len(self._node.shape))
     size  = property(lambda self: self._node.size)
     T     = property(lambda self: traced.permute_dims(self, range(self.ndim)[::-1]))
+    def __getattr__(self, name): raise AttributeError(f'jit: {name!r} of an array in a compiled function; make it a tensor first, `Tensor(a, requires_grad=False)`')
     def __len__(self): return self.shape[0]
     def __iter__(self): return (self[i] for i in range(len(self)))
     def __repr__(self): return f'TraceArray({self.shape}, {self.dtype})'
@@ -222,7 +224,7 @@ def _asked(what):
             '  return it from the function, or compute with tensors instead (where, maximum, …)')
     return f
 
-for _name,_what in dict(__array__='the numbers', __bool__='the truth', __float__='the number', __int__='the number', __index__='the number', item='the number', tolist='the numbers').items():
+for _name,_what in dict(__array__='the numbers', __bool__='the truth', __float__='the number', __int__='the number', __index__='the number', item='the number', tolist='the numbers', __reduce_ex__='the numbers').items():
     setattr(TraceArray, _name, _asked(_what))
 
 # %% ../nbs/21_lazy.ipynb #c022
@@ -265,7 +267,7 @@ def _slice(t, n, spans, sizes): return n if all(s==(0,1) for s in spans) and siz
 def _spans(index, shape):
     "(start, step) of each axis, for an index of slices, integers, `None` and `...`; the sizes, and the shape that it gives"
     parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, (np.ndarray,list,TraceArray,bool,np.bool_)) for i in parts): raise TraceError('jit: an index of arrays')
+    if any(isinstance(i, (np.ndarray,list,TraceArray,bool,np.bool_)) for i in parts): raise TraceError(f'jit: an index of arrays, at {user_line()}\n  index a tensor, or use where')
     taken = len([i for i in parts if i is not None and i is not ...])
     if taken>len(shape): raise IndexError(f'too many indices for an array of {len(shape)} axes')
     k = parts.index(...) if ... in parts else len(parts)
