@@ -10,6 +10,7 @@ __all__ = ['sources', 'views', 'reductions', 'traced', 'lowered', 'rules', 'fast
 # %% ../nbs/21_lazy.ipynb #c003
 from collections import Counter
 from contextlib import contextmanager
+from dis import get_instructions
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from inspect import iscode, isfunction, unwrap
@@ -677,22 +678,23 @@ def trace(
     given = [(a, a.node) for a in given if isinstance(a, TraceArray)]
     try:
         with _recording(t): result = f(*args, **kwargs)
-        t.watch(_numbers_around(f))
+        t.watch(_around(f))
         return _program(t, result, given)
     finally:
         for v,g,_ in t.grads.values(): _grad.__set__(v, g)
         for v,a in t.tensors.values(): v.cached_data = a
         for d in (t.grads, t.born, t.known, t.bound): d.clear()
 
-def _numbers_around(f):
-    "A function that lists the numbers and strings among the variables that `f` finds around it"
+_plain = {int,float,bool,str}
+def _around(f):
+    "A function that lists the numbers and strings among the variables that `f` finds around it, and which other things they are"
     f = getattr(unwrap(f), '__func__', unwrap(f))
     if not isfunction(f): return list
-    def names(c): return {*c.co_names, *c.co_freevars}.union(*(names(k) for k in c.co_consts if iscode(k)))
-    def plain(x): return isinstance(x, (int,float,bool,str,np.generic))
-    places  = [(f.__globals__, n) for n in names(f.__code__) if plain(f.__globals__.get(n))]
-    cells   = [c for c in f.__closure__ or () if _full(c) and plain(c.cell_contents)]
-    return lambda: [d.get(n) for d,n in places] + [c.cell_contents for c in cells]
+    def names(c): return {i.argval for i in get_instructions(c) if i.opname=='LOAD_GLOBAL'}.union(*(names(k) for k in c.co_consts if iscode(k)))
+    d,names,cells = f.__globals__,[n for n in names(f.__code__) if n in f.__globals__],[c for c in f.__closure__ or () if _full(c)]
+    def values(): return [d.get(n) for n in names] + [c.cell_contents for c in cells]
+    kept = values() # so that nothing else gets its id
+    return lambda kept=kept: [x if x.__class__ in _plain else id(x) for x in values()]
 
 def _full(cell):
     try: cell.cell_contents
