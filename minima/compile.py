@@ -1130,23 +1130,27 @@ def build(
 class Compiled:
     "A program that can be run"
     builder = None # thread that makes a better one
+    before = None  # program for arguments of the same kind, when something else was different
     def __init__(self,
         plan:Plan,
     ):
         p = plan.program
         t = p.trace
         self.plan,self.program,self.lock = plan,p,threading.RLock()
-        self.tensors = list(t.tensors.values())
-        self.outside = {id(o) for pair in self.tensors for o in pair} | {id(a) for kind,a,_ in t.inputs if kind in ('array','strided')}
+        self.tensors = [(v, a, v.needs) for v,a in t.tensors.values()]
+        self.outside = {id(o) for pair in t.tensors.values() for o in pair} | {id(a) for kind,a,_ in t.inputs if kind in ('array','strided')}
         if not any(isinstance(c, tuple) for c in p.changed): self.outside &= p.changed # what must not be an argument as well
         self.varying = [k for k,(kind,*_) in enumerate(t.inputs) if kind!='array'] # inputs whose arrays can be others at each call
         self.written = [t.inputs[k][1] for k in p.targets if k is not None and t.inputs[k][0] in ('array','strided')]
+        self.given = [self.varying.index(k) for k in p.targets if k is not None and t.inputs[k][0]=='argument'] # arguments that are written to
+        self.owners = {id(_owner(a)) for a in self.written}
+        if not all(a.flags.writeable for a in self.written): raise ValueError('jit: assignment destination is read-only')
         read = {id(thing) for kind,thing,_ in t.inputs if kind=='grad'}
         self.replaced = [v for v,_ in p.set_grads if not isinstance(v, int) and id(v) not in read]
     def current(self, flat):
         "Does all that was seen when the function was traced still hold?"
-        for v,a in self.tensors:
-            if v.cached_data is not a: return False
+        for v,a,needs in self.tensors:
+            if v.cached_data is not a or v.needs!=needs: return False
         for v,had in self.program.guards:
             if (v.grad is not None)!=had: return False
         for f,value in self.program.trace.watched:
@@ -1165,13 +1169,24 @@ class Compiled:
         p = self.program
         with self.lock:
             arrays = [self.fetch(k, flat) for k in self.varying]
+            if self.given or self.owners and not self.owners.isdisjoint([id(_owner(a)) for a in arrays]): self.check_writes(arrays)
             for v in self.replaced: v.grad = None # the memory can be used again
             arrays = self.run(arrays, [f() for f in p.trace.scalars])
         note_write(*self.written)
+        for f in p.trace.after: f()
         of = lambda v: flat[v] if v.__class__ is int else v
         for (v,_),a in zip(p.set_grads, arrays[len(p.outputs):]): of(v).grad = Tensor.make_const(a)
         for v in p.no_grads: of(v).grad = None
         return p.returned(flat, arrays)
+    def check_writes(self, arrays):
+        "Refuse a write to what cannot be written to, or shares memory with something that is read"
+        given,fixed = [arrays[i] for i in self.given],[a for kind,a,_ in self.program.trace.inputs if kind=='array']
+        if not all(a.flags.writeable for a in given): raise ValueError('jit: assignment destination is read-only')
+        for a in given + self.written:
+            for b in arrays + fixed*any(a is c for c in given):
+                if a is not b and np.may_share_memory(a, b): raise TraceError(f'jit: an in-place write to an array of {a.shape} that shares memory with another one, of {b.shape}')
+
+def _owner(a): return a if a.base is None else a.base
 
 # %% ../nbs/22_compile.ipynb #c080
 class InNumpy(Compiled):
@@ -1285,8 +1300,8 @@ class Jit:
         if len({id(a) for a in flat})<len(flat): key += tuple(next(k for k,b in enumerate(flat) if b is a) for a in flat) # one thing in two places
         try: e = self.programs.get(key)
         except TypeError: raise TypeError(f'jit: arguments that are no tensors and no arrays have to be hashable, got {[type(a).__name__ for a in flat if a.__hash__ is None]}') from None
-        if e is None or not e.current(flat): e = self.compile(key, args, kwargs)
-        return e(flat)
+        while e is not None and not e.current(flat): e = e.before
+        return (self.compile(key, args, kwargs) if e is None else e)(flat)
 
 def _kind(a):
     "What a program depends on of an argument"
@@ -1313,7 +1328,8 @@ def compile(self:Jit, key, args, kwargs):
     if e is None:
         e = InNumpy(plan_for(p, 'numpy', self.fast), threads)
         if code: e.builder = threading.Thread(target=self.build, args=(key, e, code), daemon=True)
-    self.programs.pop(key, None)
+    e.before = self.programs.pop(key, None)
+    if e.before: e.before.before = None # two are enough for what goes to and fro
     while len(self.programs)>=self.cache_size: del self.programs[next(iter(self.programs))]
     self.programs[key] = e
     if e.builder: e.builder.start()
@@ -1325,7 +1341,9 @@ def build(self:Jit, key, old, code):
     "In the background: the program in C takes the place of the one in Python"
     try: new = InC(code, self.fast)
     except Exception as problem: return _no_c(problem)
-    if self.programs.get(key) is old: self.programs[key] = new
+    new.before,e = old.before,self.programs.get(key)
+    if e is old: self.programs[key] = new
+    elif e and e.before is old: e.before = new
 
 @patch
 def wait(self:Jit):

@@ -10,6 +10,7 @@ __all__ = ['sources', 'views', 'reductions', 'traced', 'lowered', 'at_once', 'ru
 # %% ../nbs/21_lazy.ipynb #c003
 from collections import Counter
 from contextlib import contextmanager
+from dis import get_instructions
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from inspect import iscode, isfunction, unwrap
@@ -129,6 +130,7 @@ class Trace:
         self.bound   = {} # id of a tensor -> (tensor, the traced array that it was bound to)
         self.known   = {} # id of an array that nothing from outside has gone into -> array
         self.watched = [] # (function, what it returned)
+        self.after   = [] # functions, called after each run that did not fail
         self.modules = [] # that were called
         self.grads   = {} # id of a tensor -> [tensor, gradient before, was it read before it was set?]
         self.given   = {} # id of an argument -> its number
@@ -180,6 +182,7 @@ class TraceArray:
     ndim  = property(lambda self: len(self._node.shape))
     size  = property(lambda self: self._node.size)
     T     = property(lambda self: traced.permute_dims(self, range(self.ndim)[::-1]))
+    def __getattr__(self, name): raise AttributeError(f'jit: {name!r} of an array in a compiled function; make it a tensor first, `Tensor(a, requires_grad=False)`')
     def __len__(self): return self.shape[0]
     def __iter__(self): return (self[i] for i in range(len(self)))
     def __repr__(self): return f'TraceArray({self.shape}, {self.dtype})'
@@ -222,7 +225,7 @@ def _asked(what):
             '  return it from the function, or compute with tensors instead (where, maximum, …)')
     return f
 
-for _name,_what in dict(__array__='the numbers', __bool__='the truth', __float__='the number', __int__='the number', __index__='the number', item='the number', tolist='the numbers').items():
+for _name,_what in dict(__array__='the numbers', __bool__='the truth', __float__='the number', __int__='the number', __index__='the number', item='the number', tolist='the numbers', __reduce_ex__='the numbers').items():
     setattr(TraceArray, _name, _asked(_what))
 
 # %% ../nbs/21_lazy.ipynb #c022
@@ -265,7 +268,7 @@ def _slice(t, n, spans, sizes): return n if all(s==(0,1) for s in spans) and siz
 def _spans(index, shape):
     "(start, step) of each axis, for an index of slices, integers, `None` and `...`; the sizes, and the shape that it gives"
     parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, (np.ndarray,list,TraceArray,bool,np.bool_)) for i in parts): raise TraceError('jit: an index of arrays')
+    if any(isinstance(i, (np.ndarray,list,TraceArray,bool,np.bool_)) for i in parts): raise TraceError(f'jit: an index of arrays, at {user_line()}\n  index a tensor, or use where')
     taken = len([i for i in parts if i is not None and i is not ...])
     if taken>len(shape): raise IndexError(f'too many indices for an array of {len(shape)} axes')
     k = parts.index(...) if ... in parts else len(parts)
@@ -677,22 +680,23 @@ def trace(
     given = [(a, a.node) for a in given if isinstance(a, TraceArray)]
     try:
         with _recording(t): result = f(*args, **kwargs)
-        t.watch(_numbers_around(f))
+        t.watch(_around(f))
         return _program(t, result, given)
     finally:
         for v,g,_ in t.grads.values(): _grad.__set__(v, g)
         for v,a in t.tensors.values(): v.cached_data = a
         for d in (t.grads, t.born, t.known, t.bound): d.clear()
 
-def _numbers_around(f):
-    "A function that lists the numbers and strings among the variables that `f` finds around it"
+_plain = {int,float,bool,str}
+def _around(f):
+    "A function that lists the numbers and strings among the variables that `f` finds around it, and which other things they are"
     f = getattr(unwrap(f), '__func__', unwrap(f))
     if not isfunction(f): return list
-    def names(c): return {*c.co_names, *c.co_freevars}.union(*(names(k) for k in c.co_consts if iscode(k)))
-    def plain(x): return isinstance(x, (int,float,bool,str,np.generic))
-    places  = [(f.__globals__, n) for n in names(f.__code__) if plain(f.__globals__.get(n))]
-    cells   = [c for c in f.__closure__ or () if _full(c) and plain(c.cell_contents)]
-    return lambda: [d.get(n) for d,n in places] + [c.cell_contents for c in cells]
+    def names(c): return {i.argval for i in get_instructions(c) if i.opname=='LOAD_GLOBAL'}.union(*(names(k) for k in c.co_consts if iscode(k)))
+    d,names,cells = f.__globals__,[n for n in names(f.__code__) if n in f.__globals__],[c for c in f.__closure__ or () if _full(c)]
+    def values(): return [d.get(n) for n in names] + [c.cell_contents for c in cells]
+    kept = values() # so that nothing else gets its id
+    return lambda kept=kept: [x if x.__class__ in _plain else id(x) for x in values()]
 
 def _full(cell):
     try: cell.cell_contents

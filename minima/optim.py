@@ -178,7 +178,7 @@ def init_state(self:Optimizer,
     slots, # name of an array -> the number that it is filled with
 ) -> dict: # 'step': how many there have been; name: array of the shape of `p`
     "The state of a parameter, with the arrays that it lacks"
-    s,a = self.state.setdefault(p, {'step':0}),p.realize_cached_data()
+    s,a = self.state.setdefault(p, {'step':0}),p.cached_data if mode.level & TRACE else p.realize_cached_data()
     for k,v in slots.items():
         if k not in s: s[k] = xp(a).full(a.shape, v, dtype=a.dtype)
     return s
@@ -213,16 +213,16 @@ def _trace_scalars(self:Optimizer, group, a, trace):
     "States whose steps are counted together, and what `update` needs for them, each float as a traced number"
     states,now = [],[]
     def kinds(scalars): return [None if x.__class__ is float else x for x in scalars]
-    def advance():
+    def count():
         for s in states: s['step'] += 1
-        now[:] = self.scalars(group, states[0]['step'])
+    trace.after.append(count)
     first = self.scalars(group, 1)
     floats = [k for k,x in enumerate(first) if x.__class__ is float]
     def number(k):
-        if k==floats[0]: advance()
+        if k==floats[0]: now[:] = self.scalars(group, states[0]['step']+1)
         return now[k]
     trace.watch(lambda: kinds(self.scalars(group, states[0]['step']+1)) if states else kinds(first))
-    return states, [type(a)(trace, trace.scalar(lambda k=k: number(k), a.dtype)) if k in floats else x for k,x in enumerate(first)]
+    return states, [trace.scalar(lambda k=k: number(k), a.dtype) if k in floats else x for k,x in enumerate(first)]
 
 # %% ../nbs/32_optim.ipynb #c026
 class SGD(Optimizer):
@@ -601,6 +601,7 @@ class LBFGS(Optimizer):
         closure, # computes the loss and its gradients, and returns the loss
     ): # the loss before the step
         "Up to `max_iter` directions"
+        if mode.level & TRACE: raise RuntimeError('jit: LBFGS.step inside a compiled function would have to decide by numbers; compile what is in its closure')
         with no_grad(): return self._step(closure, **self.param_groups[0])
 
 # %% ../nbs/32_optim.ipynb #c070
@@ -732,7 +733,7 @@ def clip_grad_value_(
     with no_grad():
         for g in _gradients(parameters):
             a = may_write(g, 'clip_grad_value_')
-            np.clip(a, -clip_value, clip_value, out=a)
+            a[...] = xp(a).clip(a, -clip_value, clip_value)
             note_write(a)
 
 # %% ../nbs/32_optim.ipynb #c103
@@ -749,6 +750,7 @@ class ModelEMA:
     def update(self):
         "Take in the present weights, after a step"
         if self._swapped: raise RuntimeError('ModelEMA: the averages are in the place of the weights')
+        if mode.level & TRACE: raise RuntimeError('jit: ModelEMA.update inside a compiled function would count once; call it outside')
         for p,a in zip(self.params, self.averages):
             x = p.realize_cached_data()
             for x,a,_ in _pieces(x, a, {}, ()) if x.nbytes > 2*_piece else ((x, a, {}),):
