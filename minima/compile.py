@@ -181,10 +181,22 @@ def find_gathers(self:Fusion, lines, ends):
 # %% ../nbs/22_compile.ipynb #c022
 @patch
 def split(self:Fusion, keep):
-    "Make steps of their own of the lines of loops, but for the loops that `keep` accepts"
-    self.renumber([t for s in self.steps for t in ([s] if isinstance(s, Single) or keep(s) else map(Single, s.lines))])
+    "Make steps of their own of the lines of loops, but for the loops that `keep` accepts; what they have of such loops in them stays together"
+    self.renumber([t for s in self.steps for t in ([s] if isinstance(s, Single) or keep(s) else self.parts(s, keep))])
     self.store()
     return self
+
+@patch
+def parts(self:Fusion, loop, keep):
+    "Runs of lines of a loop that `keep` accepts as a loop, and the others"
+    found = []
+    for n in loop.lines:
+        s = found[-1] if found and isinstance(found[-1], Loop) else Loop(loop.size)
+        s.lines.append(n); s.level[id(n)] = loop.level[id(n)]
+        if loop.level[id(n)]=='each' and keep(s):
+            if not (found and found[-1] is s): found.append(s)
+        else: s.lines.pop(); del s.level[id(n)]; found.append(Single(n))
+    return [Single(*s.lines) if len(s.lines)==1 else s for s in found]
 
 # %% ../nbs/22_compile.ipynb #c024
 class Arena:
@@ -286,6 +298,7 @@ def places(self:Plan):
 # %% ../nbs/22_compile.ipynb #c034
 _along = dict(sum=np.add.reduce, prod=np.multiply.reduce, max=np.maximum.reduce, min=np.minimum.reduce, any=np.logical_or.reduce, all=np.logical_and.reduce)
 
+_bits = dict(f4='i4', f8='i8')
 def in_numpy(
     lines:list, # of `Node`: one, or several results of a call
     args:list,  # names of the arrays that are read
@@ -296,7 +309,10 @@ def in_numpy(
     n,out,a = lines[0],outs[0],', '.join(args)
     def use(name, f=None): names[name] = getattr(np, name) if f is None else f; return name
     if n.op in ('copy','cast'): return f"{use('copyto')}({out}, {a}, 'unsafe')"
-    if n.op=='where':  return f"{use('copyto')}({out}, {args[2]}); copyto({out}, {args[1]}, where={args[0]})"
+    if n.op=='where':
+        if n.args[2].op=='const' and not any(n.args[2].attrs[0]) and n.dtype.str[1:] in _bits: # 0, as bits
+            return f"{use('multiply')}({args[1]}.view('{_bits[n.dtype.str[1:]]}'), {args[0]}, {out}.view('{_bits[n.dtype.str[1:]]}'))"
+        return f"{use('copyto')}({out}, {args[2]}); copyto({out}, {args[1]}, where={args[0]})"
     if n.op=='erf':    return f"{use('copyto')}({out}, {use('erf', Erf().compute)}({a}))"
     if n.op=='matmul': return f"{use('matmul_add', _matmul_add) if n.attrs else use('matmul')}({a}, {out})"
     if n.op=='fold':   return f"{use('fold', _fold)}({a}, {out}, {n.attrs})"
@@ -550,21 +566,25 @@ SIMD(exp) SIMD(log) SIMD(erf) SIMD(sin) SIMD(cos) SIMD(tan) SIMD(tanh) SIMD(exp2
 #endif
 static inline double mi_exp(double x) { return exp(x); }
 static inline float mi_expf(float x) { // e^x = 2^n e^r, |r| <= ln(2)/2; the coefficients are those of Cephes' expf
-  const float y = x > 89.f ? 89.f : x < -104.f ? 0.f : x, n = rintf(y*1.44269504088896341f);
-  const float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, y));
-  const float p = fmaf(fmaf(fmaf(fmaf(fmaf(fmaf(1.9875691500e-4f, r, 1.3981999507e-3f), r, 8.3334519073e-3f), r, 4.1665795894e-2f), r, 1.6666665459e-1f), r, 5.0000001201e-1f), r*r, r) + 1.f;
-  const int32_t k = (int32_t)n, h = k >> 1; // 2^n as two factors, since one of them alone may be out of range
-  union { uint32_t i; float f; } a, b;
-  a.i = (uint32_t)(h + 127) << 23; b.i = (uint32_t)(k - h + 127) << 23;
-  return x < -104.f ? 0.f : p*a.f*b.f; // products that come out as nothing are slow
+  union { float f; int32_t i; uint32_t u; } v, t, a, b;
+  const int32_t some = x < -104.f ? 0 : -1; // none: products that come out as nothing are slow
+  v.f = x > 89.f ? 89.f : x; v.i &= some;
+  t.f = fmaf(v.f, 1.44269504088896341f, 12582912.f); // 1.5 2^23 + n
+  const float n = t.f - 12582912.f, r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, v.f)), u = r*r;
+  const float q = fmaf(fmaf(1.9875691500e-4f, r, 1.3981999507e-3f), u, fmaf(8.3334519073e-3f, r, 4.1665795894e-2f));
+  a.f = fmaf(fmaf(q, u, fmaf(1.6666665459e-1f, r, 5.0000001201e-1f)), u, r) + 1.f;
+  const int32_t k = t.i - 0x4B400000, h = k >> 1; // 2^n as two factors, since one of them alone may be out of range
+  a.u += (uint32_t)h << 23; b.u = (uint32_t)(k - h + 127) << 23;
+  a.f *= b.f; a.i &= some;
+  return a.f;
 }
 static inline double mi_erf(double x) { return erf(x); }
 static inline float mi_erff(float x) { // x p(x^2)/q(x^2), fitted to a relative error of 2e-8 up to 3.925, where erf is 1 in single precision
-  const float y = x > 3.925f ? 3.925f : x < -3.925f ? -3.925f : x, u = y*y;
+  const float z = x > 3.925f ? 3.925f : x, y = z < -3.925f ? -3.925f : z, u = y*y;
   const float p = fmaf(fmaf(fmaf(fmaf(fmaf(2.046018608e-6f, u, 2.848451550e-4f), u, 3.772613825e-3f), u, 5.276949704e-2f), u, 1.905952096e-1f), u, 1.128379107f);
   const float q = fmaf(fmaf(fmaf(fmaf(fmaf(3.804776861e-5f, u, 1.163873589e-3f), u, 1.498332527e-2f), u, 1.141833290e-1f), u, 5.022433400e-1f), u, 1.f);
-  const float r = y*p/q;
-  return r > 1.f ? 1.f : r < -1.f ? -1.f : r;
+  const float r = y*p/q, s = r > 1.f ? 1.f : r;
+  return s < -1.f ? -1.f : s;
 }
 #define REAL(T, f) \
   static inline T mi_remainder##f(T a, T b) { \
@@ -1397,7 +1417,7 @@ def compiled_mark(
             _compare(y.numpy(), e.numpy(), {'float64':1e-12, 'float32':1e-5}[d], f'{c.call} of {[a.shape for a in arrays]} {d}, result {k}', 'eager')
     return '✓'
 
-# %% ../nbs/22_compile.ipynb #c121b
+# %% ../nbs/22_compile.ipynb #c122
 def compiled_marks(
     cases,   # rows of `ledger`
     size=12, # rows that become one program

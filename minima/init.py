@@ -17,6 +17,7 @@ from operator import index as operator_index
 from fastcore.meta import delegates
 from .autograd import LAZY, TRACE, Tensor, TensorOp, frozen, mode, no_grad
 from .device import Meta
+from .functional import note_generator
 from .ops.index import one_hot
 from .ops.shape import _ints
 
@@ -35,8 +36,8 @@ def as_generator(
     generator=None,        # a generator; an integer, to start a fresh one from; or `None`, for the package's own
 ) -> np.random.Generator:
     "The generator that is meant"
-    if generator is None: return _generator
-    if isinstance(generator, np.random.Generator): return generator
+    if generator is None: generator = _generator
+    if isinstance(generator, np.random.Generator): note_generator(generator); return generator
     try: return np.random.default_rng(operator_index(generator))
     except TypeError: raise TypeError(f'generator: got {type(generator).__name__}, wanted numpy.random.Generator, an integer or None') from None
 

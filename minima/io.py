@@ -84,7 +84,7 @@ def _digest(head, arrays):
 
 def save(
     obj,  # dicts, lists, tuples, numbers, strings, `None`; tensors and arrays of numbers
-    path, # of the file; an older one is replaced
+    path, # of the file; an older one is replaced. Or a file open for writing bytes, as `atomic_write` has it
 ):
     "Write an object to a file, whole or not at all"
     arrays = {}
@@ -100,6 +100,7 @@ def save(
                     np.lib.format.write_array_header_1_0(m, np.lib.format.header_data_from_array_1_0(a))
                     m.write(_bytes(a))
             with member('minima.sha256') as m: m.write(_digest(head, arrays.values()).encode())
+    if hasattr(path, 'write'): return write(path)
     atomic_write({path: write})
 
 # %% ../nbs/29_io.ipynb #c016

@@ -546,14 +546,16 @@ class ConvTranspose2d(_ConvTranspose):
 
 # %% ../nbs/31_nn.ipynb #c048
 class _MaxPool(Module):
-    shown = 'kernel_size={kernel_size}, stride={stride}, padding={padding}, dilation={dilation}, ceil_mode=False'
+    shown = 'kernel_size={kernel_size}, stride={stride}, padding={padding}, dilation={dilation}, ceil_mode={ceil_mode}'
     def __init__(self,
         kernel_size, # a number or a pair, as all of these
         stride=None, # from a window to the next; the kernel if `None`
         padding=0,   # around the image, at most half of the kernel
         dilation=1,  # from an element of a window to the next
-    ): self.kernel_size,self.stride,self.padding,self.dilation = kernel_size,kernel_size if stride is None else stride,padding,dilation
-    def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.dilation)
+        *,
+        ceil_mode=False, # whether a last window may reach beyond the padding
+    ): self.kernel_size,self.stride,self.padding,self.dilation,self.ceil_mode = kernel_size,kernel_size if stride is None else stride,padding,dilation,ceil_mode
+    def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 class MaxPool1d(_MaxPool):
     "The largest element of each window of a sequence"
@@ -570,9 +572,10 @@ class _AvgPool(Module):
         kernel_size, # a number or a pair, as all of these
         stride=None, # from a window to the next; the kernel if `None`
         padding=0,   # zeros around the image, at most half of the kernel
-        count_include_pad=True, # whether they count as elements
-    ): self.kernel_size,self.stride,self.padding,self.count_include_pad = kernel_size,kernel_size if stride is None else stride,padding,count_include_pad
-    def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.count_include_pad)
+        ceil_mode=False, # whether a last window may reach beyond the padding, where nothing counts
+        count_include_pad=True, # whether the zeros of the padding count as elements
+    ): self.kernel_size,self.stride,self.padding,self.ceil_mode,self.count_include_pad = kernel_size,kernel_size if stride is None else stride,padding,ceil_mode,count_include_pad
+    def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
 
 class AvgPool2d(_AvgPool):
     "The mean of each window of an image"
@@ -748,10 +751,10 @@ class Dropout(Module):
     def __init__(self,
         p=.5,           # probability of a 0, from 0 to 1
         inplace=False,  # for torch's sake; the result is always a new tensor
-        generator=None, # as in `dropout`; a generator, since an integer would give the same mask at each call
+        generator=None, # a generator, or an integer to start one from; the package's own if `None`
     ):
         if not 0 <= p <= 1: raise ValueError(f'Dropout: p is {p}, wanted a probability, from 0 to 1')
-        self.p,self.inplace,self.generator = p,inplace,generator
+        self.p,self.inplace,self.generator = p,inplace,None if generator is None else as_generator(generator)
     def forward(self, x): return dropout(x, self.p, self.training, self.generator)
 
 # %% ../nbs/31_nn.ipynb #c069

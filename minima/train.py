@@ -14,6 +14,8 @@ __all__ = ['softmax_loss', 'nn_epoch', 'loss_err', 'CancelStepException', 'Cance
 import json, math, os, re, sys
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
+from glob import escape
 from pathlib import Path
 from time import perf_counter
 import numpy as np
@@ -81,11 +83,11 @@ _events = '''before_fit before_epoch before_train before_batch after_pred after_
 class Callback:
     "A part of training: its methods are called at the events they are named after"
     order = 0       # who is called first: the smallest; of equals, who came first
-    saved = ()      # names of attributes that a checkpoint keeps
-    watching = False # whether it only looks on; then `lr_find` does without it
+    saved = ()      # names of attributes that a checkpoint keeps; there from the beginning
+    watching = False # whether `lr_find` does without it, as it only looks on, or sets rates of its own
     learn = None
     def __getattr__(self, name):
-        if name[0]=='_' or self.learn is None:
+        if name[0]=='_' or self.learn is None or name in self.saved:
             raise AttributeError(f'{type(self).__name__} has no {name!r}, nor a learner')
         return getattr(self.learn, name)
     def state_dict(self): return {n: getattr(self, n) for n in self.saved}
@@ -171,7 +173,8 @@ class Learner:
     ):
         "Train"
         lrs = self.lrs if lr is None else _listed(lr)*(1 if isinstance(lr, (list,tuple)) else len(self.lrs))
-        for g,v in zip(self.opt.param_groups, lrs, strict=True):
+        if len(lrs)!=len(self.lrs): raise ValueError(f'fit: {len(lrs)} learning rates for {len(self.lrs)} groups of parameters')
+        for g,v in zip(self.opt.param_groups, lrs):
             g['lr'] = v
             g.pop('initial_lr', None) # of an earlier schedule
         self.opt.zero_grad()
@@ -331,8 +334,8 @@ class Metric:
     @property
     def name(self): # F1Score → f1_score
         return re.sub('(?<=[a-z0-9])(?=[A-Z])', '_', type(self).__name__).lower()
-    def __call__(self, pred, target): # for a lone batch
-        self.reset(); self.update(pred, target)
+    def __call__(self, pred, *targets): # for a lone batch
+        self.reset(); self.update(pred, *targets)
         return self.value
 
 # %% ../nbs/34_train.ipynb #c033
@@ -342,9 +345,9 @@ class AvgMetric(Metric):
         func, # predictions and targets to a number
     ): self.func = func; self.reset()
     def reset(self): self.total,self.count = 0.,0
-    def update(self, pred, target):
-        n = int(np.prod(np.shape(target)))
-        self.total += float(self.func(pred, target))*n
+    def update(self, pred, *targets):
+        n = int(np.prod(np.shape(targets[0])))
+        self.total += float(self.func(pred, *targets))*n
         self.count += n
     @property
     def value(self): return self.total/self.count if self.count else math.nan
@@ -552,7 +555,9 @@ def get_preds(self:Learner,
 # %% ../nbs/34_train.ipynb #c057
 class Schedule(Callback):
     "Learning rates by a scheduler"
-    order = 55 # after the recorder has noted the rate
+    order,watching = 55,True # after the recorder has noted the rate
+    steps = done = 0
+    scheduler = None
     def __init__(self,
         make,            # function of an optimiser and the number of steps to a scheduler
         by_epoch=False,  # whether a step is an epoch; otherwise a batch
@@ -573,7 +578,7 @@ class Schedule(Callback):
         if self.by_epoch: self._step()
     saved = 'steps','done','scheduler'
     def state_dict(self):
-        return {'steps':self.steps, 'done':self.done, 'scheduler':self.scheduler.state_dict()}
+        return {'steps':self.steps, 'done':self.done, 'scheduler':self.scheduler and self.scheduler.state_dict()}
     def load_state_dict(self, state):
         if state['steps']!=self.steps:
             raise ValueError(f"Schedule: the saved one is for {state['steps']} steps, this fit has {self.steps}")
@@ -706,6 +711,7 @@ class TrackerCallback(Callback):
     ):
         falls = comp is np.less if comp is not None else bool(re.search('loss|error|perplexity', monitor))
         self.monitor,self.sign,self.min_delta = monitor,-1 if falls else 1,min_delta
+        self.best,self.wait = -self.sign*math.inf,0
     def before_fit(self):
         if self.monitor not in self.recorder.names: raise ValueError(f'{type(self).__name__}: there is no {self.monitor!r}, only {", ".join(self.recorder.names)}')
         self.best,self.wait = -self.sign*math.inf,0
@@ -819,6 +825,8 @@ def load_state_dict(self:Learner,
     "Be as at that time, or, if anything does not fit, as before"
     if not isinstance(state, dict) or state.get('checkpoint')!=1: raise ValueError(f'load_state_dict: got {type(state).__name__} without checkpoint version 1')
     old = deepcopy(self.state_dict())
+    if state.keys()!=old.keys(): raise ValueError(f'load_state_dict: a state of {sorted(state)}, wanted {sorted(old)}')
+    if not all(type(i) is int and i>=0 for i in state['position']) or len(state['position'])!=2: raise ValueError(f"load_state_dict: position {state['position']}, wanted epoch and batch")
     try: self._load(state)
     except Exception: self._load(old); raise
 
@@ -843,8 +851,11 @@ class CheckpointCallback(Callback):
     ): self.path,self.every,self.resume = Path(path),every,resume
     def before_fit(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for f in self.path.parent.glob(f'.{self.path.name}.*.part'): f.unlink() # of a run that was killed while writing
-        if self.resume and self.path.exists(): self.learn.resume(load_file(self.path))
+        for f in self.path.parent.glob(f'.{escape(self.path.name)}.*.part'): f.unlink() # of a run that was killed while writing
+        if not self.resume or not self.path.exists(): return
+        state = load_file(self.path)
+        try: self.learn.resume(state)
+        except Exception as e: raise ValueError(f'{self.path}: {type(e).__name__}: {e}; another path, or resume=False, begins anew') from e
     def after_batch(self):
         if self.training and self.every and (self.iter+1)%self.every==0: self.after_epoch()
     def after_epoch(self): save_file(self.learn.state_dict(), self.path)
@@ -899,13 +910,15 @@ def lr_find(self:Learner,
     stop_div=True, # stop when the smoothed loss is four times the least so far
 )->LRFinder: # its `suggestion` is a rate, its `plot` a picture
     "Try growing rates, and leave everything as it was"
-    finder,old,before = LRFinder(start_lr, end_lr, num_it, stop_div),self.cbs,deepcopy(self.state_dict())
+    finder,old = LRFinder(start_lr, end_lr, num_it, stop_div),self.cbs
     epochs = num_it if not _length(self.train_dl) else -(-num_it//_length(self.train_dl))
     self._set_cbs([cb for cb in old if not cb.watching])
+    before,modes = deepcopy(self.state_dict()),[(m, m.training) for m in self.model.modules()]
     try: self.fit(epochs, cbs=finder)
     finally:
-        self._set_cbs(old)
         self.load_state_dict(before)
+        self._set_cbs(old)
+        for m,mode in modes: m.training = mode
     if len(finder.raw)<3: raise RuntimeError(f'lr_find: the loss was not finite after {len(finder.raw)} batches')
     return finder
 

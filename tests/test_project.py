@@ -1,5 +1,5 @@
 "What holds for the project as a whole: notebooks depend downwards, importing is quick, the README is true, the wheel works alone"
-import ast, json, os, re, statistics, subprocess, sys, venv
+import ast, builtins, dis, importlib, json, os, re, statistics, subprocess, sys, types, venv
 from pathlib import Path
 import pytest
 
@@ -44,6 +44,18 @@ def test_no_module_imports_the_package(file):
             full = '.'.join([*base, *([o.module] if o.module else [])])
             assert full not in ('minima', 'minima.ops'), f'{file.name}:{o.lineno} imports from {full}, which is everything: name the module'
 
+def codes(c):
+    yield c
+    for k in c.co_consts:
+        if hasattr(k, 'co_code'): yield from codes(k)
+
+@pytest.mark.parametrize('file', modules, ids=lambda f: f.stem)
+def test_module_has_what_it_names(file):
+    "A notebook may have a name from a cell that is not exported"
+    module = importlib.import_module('.'.join(file.relative_to(root).with_suffix('').parts))
+    named = {i.argval for c in codes(compile(file.read_text(), file, 'exec')) for i in dis.get_instructions(c) if i.opname=='LOAD_GLOBAL'}
+    assert not {n for n in named if not hasattr(module, n) and not hasattr(builtins, n)}
+
 @pytest.mark.parametrize('nb', notebooks)
 def test_notebook_is_presentable(nb):
     cells = notebooks[nb]
@@ -52,6 +64,16 @@ def test_notebook_is_presentable(nb):
     outputs = [o for c in cells for o in c.get('outputs', [])]
     assert outputs, f'{nb} has no stored outputs: python tools/run.py nbs/{nb}.ipynb'
     assert not [o for o in outputs if o['output_type']=='error']
+
+@pytest.mark.parametrize('file', modules, ids=lambda f: f.stem)
+def test_every_name_is_there(file):
+    "A notebook may have imported for its examples what the module forgets"
+    name = '.'.join(['minima', *file.relative_to(root/'minima').with_suffix('').parts]).removesuffix('.__init__')
+    known,codes = {*vars(importlib.import_module(name)), *vars(builtins)},[compile(file.read_text(), file.name, 'exec')]
+    for c in codes:
+        codes += [k for k in c.co_consts if isinstance(k, types.CodeType)]
+        missing = {i.argval for i in dis.get_instructions(c) if i.opname=='LOAD_GLOBAL'} - known
+        assert not missing, f'{file.name}, {c.co_name}: {missing}'
 
 # ---------------------------------------------------------------- import
 
