@@ -9,7 +9,7 @@ __all__ = ['apart', 'ctypes_of', 'header', 'pool_source', 'Loop', 'Single', 'Fus
            'jit', 'derivatives', 'compiled_mark', 'compiled_marks']
 
 # %% ../nbs/22_compile.ipynb #c003
-import ctypes, functools, hashlib, math, os, platform, shutil, subprocess, threading, warnings
+import ctypes, functools, hashlib, math, os, platform, shutil, subprocess, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from math import prod as product
 from pathlib import Path
@@ -1112,7 +1112,17 @@ def library(
     return command,cache_folder()/f'{key[:32]}.so'
 
 # %% ../nbs/22_compile.ipynb #c076
-_shell = 'new=$1; lib=$2; shift 2; "$@" -o "$new" - -lm && mv -f "$new" "$lib" || { rm -f "$new"; exit 1; }' # goes on if this process ends
+_shell = 'new=$1; lib=$2; python=$3; keep=$4; shift 4; "$@" -o "$new" "$new.c" -lm && "$python" -ISc "$keep" "$new" "$lib"; r=$?; rm -f "$new" "$new.c"; exit $r' # goes on if this process ends
+_keep = """import hashlib, os, sys
+new,lib = sys.argv[1:]
+with open(new,'rb') as f, open(new+'.sum','w') as s: s.write(hashlib.sha256(f.read()).hexdigest())
+os.replace(new+'.sum', lib+'.sum')
+os.replace(new, lib)"""
+
+def _intact(lib):
+    "Is a library as it was made? What is not would not fail but crash"
+    try: return hashlib.sha256(lib.read_bytes()).hexdigest()==Path(f'{lib}.sum').read_text()
+    except OSError: return False
 
 def build(
     source:str, # a text in C
@@ -1120,9 +1130,10 @@ def build(
 ) -> ctypes.CDLL:
     "The library of a text: from the cache, or made now"
     command,lib = library(source, fast)
-    if not lib.exists():
+    if not _intact(lib):
         new = lib.with_suffix(f'.{os.getpid()}.{threading.get_ident()}') # renamed when it is whole, so that two processes can do this at the same time
-        r = subprocess.run(['sh', '-c', _shell, 'sh', new, lib, *command], input=source, capture_output=True, text=True)
+        Path(f'{new}.c').write_text(source)
+        r = subprocess.run(['sh', '-c', _shell, 'sh', new, lib, sys.executable or 'python3', _keep, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if r.returncode: raise RuntimeError(f'{command[0]}: {r.stderr[:1000].strip()}')
     return ctypes.CDLL(str(lib))
 
@@ -1318,7 +1329,7 @@ def compile(self:Jit, key, args, kwargs):
     self.modules += new
     key += tuple(m.training for m in new)
     self.traced += 1
-    if self.traced==4*self.cache_size: _tell(f'jit: {self.__name__} has been traced {self.traced} times, since its arguments or the numbers around it are new each time; make them tensors or arrays')
+    if self.traced==4*self.cache_size: _tell(f'jit: {getattr(self, "__name__", self.f)} has been traced {self.traced} times, since its arguments or the numbers around it are new each time; make them tensors or arrays')
     threads,code,e = self.threads or get_num_threads() or 1,None,None
     if self.backend!='numpy':
         try:
