@@ -39,7 +39,7 @@ def big_inputs():
     rng = np.random.default_rng(2)
     return [rng.random((1024,1024), dtype=np.float32) + np.float32(.5) for _ in range(2)]
 
-def weights(rng, **shapes):
+def weights(rng, shapes):
     "Weights and biases, under torch's names"
     ws = {}
     for name,s in shapes.items():
@@ -51,14 +51,14 @@ def lenet_inputs():
     "Images (32, 1, 28, 28), class numbers (32,), weights"
     import numpy as np
     rng = np.random.default_rng(3)
-    return rng.random((32,1,28,28), dtype='float32'), rng.integers(0, 10, 32), weights(rng, **{'0.':(6,1,5,5), '3.':(16,6,5,5), '7.':(120,256), '9.':(84,120), '11.':(10,84)})
+    return rng.random((32,1,28,28), dtype='float32'), rng.integers(0, 10, 32), weights(rng, {'0.':(6,1,5,5), '3.':(16,6,5,5), '7.':(120,256), '9.':(84,120), '11.':(10,84)})
 
 heads = 4
 def block_inputs(d=128):
     "Sequences (8, 64, d), weights"
     import numpy as np
     rng = np.random.default_rng(4)
-    return rng.standard_normal((8,64,d), dtype='float32'), weights(rng, **{'self_attn.in_proj_':(3*d,d), 'self_attn.out_proj.':(d,d), 'linear1.':(4*d,d), 'linear2.':(d,4*d), 'norm1.':(d,), 'norm2.':(d,)})
+    return rng.standard_normal((8,64,d), dtype='float32'), weights(rng, {'self_attn.in_proj_':(3*d,d), 'self_attn.out_proj.':(d,d), 'linear1.':(4*d,d), 'linear2.':(d,4*d), 'norm1.':(d,), 'norm2.':(d,)})
 
 def total(a): return float(abs(a).sum())
 def moved(ps, old): return [total(p-o) for p,o in zip(ps, old(), strict=True)] # `old` makes the first weights anew: a copy would count as memory
@@ -451,7 +451,7 @@ def worker(name):
     for line in sys.stdin:
         work,kind = json.loads(line)
         try: answer(dict(time=timed, memory=memory, first=first)[kind](lib, work))
-        except Exception as e: answer(dict(problem=f'({work}) {libraries[name].title}: {type(e).__name__}: {e}'))
+        except Exception as e: answer(dict(problem=f'({work}) {name}: {type(e).__name__}: {e}'))
 
 class Missing(Exception): "A library that is not there, or cannot do something"
 
@@ -556,7 +556,7 @@ def main():
     ws,processes,problems = [w for w in works if w in args.works],{},[]
     for m in args.libs.split(',') if ws or 'e' in args.works else ():
         try: processes[m] = start(m, args.threads)
-        except Missing as e: problems.append(f'{libraries[m].title}: {e}')
+        except Missing as e: problems.append(f'{m}: {e}')
     if libs := list(processes):
         titles = [libraries[m].title for m in libs]
         header('work', titles + [f'{t} / torch' for t in titles if t!='torch' and 'torch' in libs])
@@ -567,7 +567,6 @@ def main():
     for work,letter,name in (('d','e','(e) peak memory of 50 steps of (d) (MiB)'),('g','g','(g) peak memory of the chain (MiB)')):
         if letter in args.works: row(name, ratios(among(lambda m: ask_alone(m, args.threads, work, 'memory'), libs, work, problems), libs))
     if args.more: print(); compile_times(libs, [w for w in ws if w!='g'], args.threads, min(3, args.rounds), problems)
-    if problems: print('\nNot measured:\n' + '\n'.join(problems))
     if 'f' in args.works:
         t = import_times(args.rounds)
         print(f"\n(f) import minima {t['minima']*1e3:.0f} ms, import numpy {t['numpy']*1e3:.0f} ms, ratio {t['minima']/t['numpy']:.2f}")
@@ -576,8 +575,9 @@ def main():
         header('work', ['NDArray, compiled', 'NumPy', 'NDArray / NumPy'])
         processes = {m:start(m, args.threads) for m in ('ndarray','arrays')}
         for work in (w for w in loops if w in args.works):
-            times = [*alternate(work, processes, args.rounds, problems).values()]
-            row(f'({work}) {loops[work][0]}', [*times, f'{times[0]/times[1]:.2f}'])
+            times = alternate(work, processes, args.rounds, problems)
+            row(f'({work}) {loops[work][0]}', [times.get('ndarray'), times.get('arrays'), f"{times['ndarray']/times['arrays']:.2f}" if len(times)==2 else None])
         stop(processes)
+    if problems: print('\nNot measured:\n' + '\n'.join(dict.fromkeys(problems)))
 
 if __name__=='__main__': main()
