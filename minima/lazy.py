@@ -1065,9 +1065,11 @@ def _(op, x, y):
     w = op.windows
     if any(w.padding): return None
     index,before = traced.zeros(y.shape, np.int32),True
-    for v in _places(w, x, y.shape[2:])[:-1]:
-        before = (v!=y) & (v==v) & before
+    places = _places(w, x, y.shape[2:])
+    for v in places[:-1]:
+        before = (v!=y) & before
         index = index + traced.astype(before, np.int32)
+    for k,v in enumerate(places) if x.dtype.kind=='f' else (): index = traced.where(v!=v, k, index) # the last NaN
     return traced.astype(index, np.min_scalar_type(product(w.kernel)-1))
 
 @lower('PoolPut')
