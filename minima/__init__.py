@@ -18,3 +18,10 @@ from .operators import (absolute, absolute as abs, add, add_scalar, adaptive_avg
 from .ops.elementwise import round
 from .ops.fold import Function, op_map, op_reduce, op_zip
 from .functional import checkpoint, elementwise_grad, grad, hessian, hvp, jacobian, jvp, value_and_grad, vjp
+
+def __getattr__(name):
+    "The compiler is imported when it is first asked for"
+    if name not in ('jit','program'): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from . import compile, lazy
+    globals().update(jit=compile.jit, program=lazy.program)
+    return globals()[name]

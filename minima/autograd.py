@@ -10,7 +10,7 @@ __all__ = ['RECORD', 'LAZY', 'ANOMALY', 'TRACE', 'mode', 'next_rank', 'new_tenso
            'FusedAddScalars', 'fused_add_scalars']
 
 # %% ../nbs/03_tensor.ipynb #c003
-import linecache, sys, threading
+import linecache, os, sys, threading
 from contextlib import contextmanager
 from dataclasses import _FIELD, MISSING, FrozenInstanceError, field
 from heapq import heappop, heappush
@@ -178,10 +178,12 @@ def _check_unwritten(node):
                 raise RuntimeError(f'{node.op!r} needs the value of a tensor of {_describe(v)} that was written to in place after the graph was built')
 
 # %% ../nbs/03_tensor.ipynb #c017
+_python,_numpy = (os.path.dirname(m.__file__)+os.sep for m in (os,np))
+def _library(file): return file.startswith(_numpy) or file.startswith(_python) and 'site-packages' not in file
 def user_line():
-    "File and line of the innermost caller outside this package, with its text"
+    "File and line of the innermost caller outside this package, Python's and NumPy, with its text"
     f = sys._getframe(1)
-    def ours(f): return f.f_globals.get('__name__','').startswith('minima.') or (f.f_globals is globals() and f.f_code.co_name in ('make_from_op','__call__'))
+    def ours(f): return f.f_globals.get('__name__','').startswith('minima.') or _library(f.f_code.co_filename) or (f.f_globals is globals() and f.f_code.co_name in ('make_from_op','__call__'))
     while f and ours(f): f = f.f_back
     return f'{f.f_code.co_filename}:{f.f_lineno}: {linecache.getline(f.f_code.co_filename, f.f_lineno).strip()}' if f else 'unknown line'
 
@@ -541,7 +543,7 @@ def may_write(t, what):
     "Refuse to write to a tensor that a graph needs"
     if mode.level & RECORD and t.needs:
         raise RuntimeError(f'{what}: in-place write to a tensor of {_describe(t)} that requires a gradient; do it under no_grad(), or make a new tensor')
-    if mode.level & TRACE: return mode.trace.of(t)
+    if mode.level & TRACE: return mode.trace.writable(t)
     a = t.realize_cached_data()
     if not isinstance(a, np.generic): return a
     t.cached_data = np.asarray(a)
@@ -556,6 +558,7 @@ def _set_data(self:Tensor, value):
     a = value.realize_cached_data() if isinstance(value, Tensor) else _as_array(value)
     if a.shape!=self.shape or a.dtype!=self.dtype:
         raise ValueError(f'data: got {a.shape} {a.dtype}, wanted the shape and dtype of the tensor, {_describe(self)}')
+    if mode.level & TRACE: return mode.trace.rebind(self, a)
     self.cached_data = a
     note_write(np.asarray(a))
 

@@ -8,7 +8,7 @@ __all__ = ['to_latex', 'local_rule', 'Explanation', 'explain']
 # %% ../nbs/24_explain.ipynb #c003
 from dataclasses import dataclass, field
 import numpy as np
-from .autograd import LAZY, RECORD, Tensor, _check_out_grad, _propagate, find_topo_sort, using
+from .autograd import LAZY, RECORD, Tensor, TensorTuple, _check_out_grad, _propagate, find_topo_sort, using
 from .draw import draw_graph
 
 # %% ../nbs/24_explain.ipynb #c006
@@ -23,12 +23,18 @@ _templates = { # operator -> (template, precedence of the result, precedence wan
     'MatMul': ('{0}{1}', _product, _product),         'Transpose': (r'{0}^\top', _power, _atom),
     'Gate': (r'{0}\,[{1} > 0]', _product, _product),  'Summation': (r'\textstyle\sum {0}', _product, _product),
     'Reshape': ('{0}', _product, _product),           'BroadcastTo': ('{0}', _product, _product),  'AsType': ('{0}', _product, _product),
+    'TupleGetItem': ('{0}[{s}]', _atom, _atom),
     'Softmax': (r'\operatorname{{softmax}}({0})', _atom, 0), 'LogSumExp': (r'\operatorname{{logsumexp}}({0})', _atom, 0),
 }
 
 def _number(x):
+    if isinstance(x, tuple): return r'\left(' + r',\ '.join(map(_number, x)) + r'\right)'
     x = np.asarray(x)
-    return f'{x.item():.4g}' if x.size==1 else r'\begin{bmatrix}' + r'\\'.join(' & '.join(f'{v:.4g}' for v in row) for row in np.atleast_2d(x)) + r'\end{bmatrix}'
+    if x.size==1: return f'{x.item():.4g}'
+    rows = map(_number, x) if x.ndim>2 else (' & '.join(f'{v:.4g}' for v in row) for row in np.atleast_2d(x))
+    return r'\begin{bmatrix}' + r'\\'.join(rows) + r'\end{bmatrix}'
+
+def _size(x): return sum(map(_size, x)) if isinstance(x, tuple) else x.size
 
 # %% ../nbs/24_explain.ipynb #c007
 def to_latex(
@@ -42,28 +48,35 @@ def to_latex(
         n = stack.pop()
         if id(n) in done: continue
         if id(n) in names: done[id(n)] = names[id(n)],_atom; continue
-        if n.op is None: done[id(n)] = (_number(n.numpy()) if n.size<=9 else r'\text{constant}'),_atom; continue
+        if n.op is None: a = n.numpy(); done[id(n)] = (_number(a) if _size(a)<=9 else r'\text{constant}'),_atom; continue
         if waiting := [i for i in n.inputs if id(i) not in done]: stack += [n,*waiting]; continue
         name = type(n.op).__name__
         template,precedence,wanted = _templates.get(name, (r'\operatorname{{' + name.lower().replace('_', r'\_') + '}}(' + ', '.join(f'{{{k}}}' for k in range(len(n.inputs))) + ')', _atom, 0))
         parts = [f if p>=wanted else rf'\left({f}\right)' for f,p in (done[id(i)] for i in n.inputs)]
-        if name in ('EWiseMul','MatMul') and '1' in parts: done[id(n)] = parts[1-parts.index('1')],precedence # a factor of 1
-        else: done[id(n)] = template.format(*parts, s=f'{getattr(n.op, "scalar", 0):.4g}'),precedence
+        if name=='MakeTensorTuple': done[id(n)] = r'\left(' + r',\ '.join(parts) + r'\right)',_atom # as many as there are
+        elif name in ('EWiseMul','MatMul') and '1' in parts: done[id(n)] = parts[1-parts.index('1')],precedence # a factor of 1
+        else: done[id(n)] = template.format(*parts, s=f'{getattr(n.op, "index" if name=="TupleGetItem" else "scalar", 0):.4g}'),precedence
     return done[id(node)][0]
 
 # %% ../nbs/24_explain.ipynb #c010
+def _kind(t): return TensorTuple if isinstance(t, TensorTuple) else Tensor
+
 def local_rule(
     node:Tensor, # the result of an operator
     names:dict,  # from `id` of the node and its inputs to what they are called
     adjoint:str, # what the adjoint of the node is called
 ) -> list:       # a formula for each input, `None` where nothing flows
-    "What the gradient rule of a node sends to its inputs"
+    "What the gradient rule of a node sends to its inputs; $f^*$ for a rule of operator $f$ that is too long, or has no formula"
+    name = type(node.op).__name__.lower().replace('_', r'\_')
+    def leaf(t, needs=False): return _kind(t).make_const(t.realize_cached_data(), needs)
+    def short(rule=None): return rule if rule and len(rule)<400 else rf'\operatorname{{{name}}}^*({adjoint})'
     with using(on=LAZY, off=RECORD):
-        inputs = tuple(Tensor.make_const(i.realize_cached_data(), i.needs) for i in node.inputs)
-        stand_in,g = Tensor.make_from_op(node.op, inputs),Tensor.make_const(node.realize_cached_data())
+        inputs = tuple(leaf(i, i.needs) for i in node.inputs)
+        try: stand_in,g = _kind(node).make_from_op(node.op, inputs),leaf(node)
+        except NotImplementedError: return [short() if i.needs else None for i in inputs]
         grads = node.op.gradient_as_tuple(g, stand_in)
         called = {id(s): names[id(i)] for s,i in zip(inputs, node.inputs)} | {id(stand_in): names[id(node)], id(g): adjoint}
-        return [None if h is None or not i.needs else to_latex(h, called) for h,i in zip(grads, node.inputs)]
+        return [None if h is None or not i.needs else short(to_latex(h, called)) for h,i in zip(grads, node.inputs)]
 
 # %% ../nbs/24_explain.ipynb #c013
 @dataclass
@@ -71,10 +84,10 @@ class Explanation:
     "What `explain` has found: `latex`, `picture`, and the adjoints as arrays"
     latex:str       # an aligned environment: forward, then backward
     nodes:list      # the tensors between `x` and `y`, inputs first
-    adjoints:dict   # from `id` of a tensor to its adjoint, as an array
+    adjoints:dict   # from `id` of a tensor to its adjoint, as an array; of a tuple, as a tuple
     y:Tensor = field(repr=False)
     @property
-    def picture(self): return draw_graph(self.y, grads=self.adjoints)
+    def picture(self): return draw_graph(self.y, grads={k:g for k,g in self.adjoints.items() if not isinstance(g, tuple)})
     def _repr_markdown_(self): return f'$$\n{self.latex}\n$$'
 
 # %% ../nbs/24_explain.ipynb #c014
@@ -93,15 +106,15 @@ def explain(
     called = {id(t): name for t,name in (names or {}).items()}
     path = [n for n in order if id(n) in between]
     results,others = [n for n in order if n.op is not None and n is not y and n is not x],[n for n in order if n.op is None and n is not x]
-    letters = {id(n): f'v_{{{k}}}' for k,n in enumerate(results, 1)} | {id(n): _number(n.numpy()) if not n.needs and n.size<=4 else f'c_{{{k}}}' for k,n in enumerate(others, 1)}
+    letters = {id(n): f'v_{{{k}}}' for k,n in enumerate(results, 1)} | {id(n): _number(n.numpy()) if not n.needs and _size(n.numpy())<=4 else f'c_{{{k}}}' for k,n in enumerate(others, 1)}
     called = letters | {id(x):'x', id(y):'y'} | called
     adjoints = {}
-    handles = [n.register_hook(lambda g, n=n: adjoints.update({id(n): g.numpy()})) for n in path if n.op is not None and n.needs]
+    handles = [Tensor.register_hook(n, lambda g, n=n: adjoints.update({id(n): g.numpy()})) for n in path if n.op is not None and n.needs]
     try: leaves = _propagate((y,), (_check_out_grad(y, out_grad),), False, True)
     finally:
         for h in handles: h.remove()
     adjoints |= {key: g.numpy() for key,(n,g) in leaves.items() if key in between}
-    def value(a): return f' = {_number(a)}' if a.size<=9 else ''
+    def value(a): return f' = {_number(a)}' if _size(a)<=9 else ''
     lines = []
     for n in order:
         if n.op is not None:
@@ -116,5 +129,5 @@ def explain(
     for n in reversed(path):
         if id(n) not in adjoints: continue
         terms = ' + '.join(incoming[id(n)]) if n is not y else ''
-        lines.append(rf'{bar(n)} &= {terms}{value(adjoints[id(n)]) if terms else _number(adjoints[id(n)]) if adjoints[id(n)].size<=9 else ""}')
+        lines.append(rf'{bar(n)} &= {terms}{value(adjoints[id(n)]) if terms else _number(adjoints[id(n)]) if _size(adjoints[id(n)])<=9 else ""}')
     return Explanation(r'\begin{aligned}' + '\n' + ' \\\\\n'.join(lines) + '\n' + r'\end{aligned}', path, adjoints, y)

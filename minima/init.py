@@ -15,8 +15,9 @@ import inspect, math
 import numpy as np
 from operator import index as operator_index
 from fastcore.meta import delegates
-from .autograd import LAZY, Tensor, TensorOp, frozen, mode, no_grad
+from .autograd import LAZY, TRACE, Tensor, TensorOp, frozen, mode, no_grad
 from .device import Meta
+from .functional import note_generator
 from .ops.index import one_hot
 from .ops.shape import _ints
 
@@ -35,8 +36,8 @@ def as_generator(
     generator=None,        # a generator; an integer, to start a fresh one from; or `None`, for the package's own
 ) -> np.random.Generator:
     "The generator that is meant"
-    if generator is None: return _generator
-    if isinstance(generator, np.random.Generator): return generator
+    if generator is None: generator = _generator
+    if isinstance(generator, np.random.Generator): note_generator(generator); return generator
     try: return np.random.default_rng(operator_index(generator))
     except TypeError: raise TypeError(f'generator: got {type(generator).__name__}, wanted numpy.random.Generator, an integer or None') from None
 
@@ -77,11 +78,12 @@ def _shape(shape, name):
     return shape
 
 def _random(draw, args, shape, dtype='float32', requires_grad=False, generator=None, device=None):
-    "A tensor of random numbers: a leaf, or in lazy mode an operator, unless it has to be a leaf"
+    "A tensor of random numbers: a leaf; in lazy mode and in a program an operator, unless it has to be a leaf"
     shape,dtype = _shape(shape, draw.__name__.strip('_')),np.dtype(dtype)
-    if mode.level & LAZY and not requires_grad and device is None:
+    if mode.level & TRACE or mode.level & LAZY and not requires_grad and device is None:
         as_generator(generator) # complains now
-        return Tensor.make_from_op(_Random(draw, args, shape, dtype, generator), ())
+        t = Tensor.make_from_op(_Random(draw, args, shape, dtype, generator), ())
+        return t.requires_grad_() if requires_grad else t
     return _leaf(draw(as_generator(generator), shape, dtype, *args), requires_grad, device)
 
 def _bits(dtype): return np.float32 if dtype.itemsize<=4 else np.float64 # what NumPy draws in

@@ -23,7 +23,7 @@ from inspect import Signature, signature
 import math
 import numpy as np
 from fastcore.basics import patch
-from .autograd import Handle, Tensor, TensorOp, frozen, may_write, next_rank, no_grad, note_write
+from .autograd import TRACE, Handle, Tensor, TensorOp, frozen, may_write, mode, next_rank, no_grad, note_write
 from .device import Meta, xp
 from .init import as_generator, kaiming_uniform, ones, rand, randb, randn, zeros
 from .ops.conv import _each, adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, conv1d, conv2d, conv_transpose1d, conv_transpose2d, interpolate, max_pool1d, max_pool2d
@@ -52,6 +52,7 @@ class Module:
     _buffers,_hooks = {},None # a module has its own where it has any
     def forward(self, *args, **kwargs): raise NotImplementedError(f'{type(self).__name__} has no forward')
     def __call__(self, *args, **kwargs):
+        if mode.level & TRACE: mode.trace.modules.append(self)
         if self._hooks is None: return self.forward(*args, **kwargs)
         return self._call_hooked(args, kwargs)
     def __setattr__(self, name, value):
@@ -545,14 +546,16 @@ class ConvTranspose2d(_ConvTranspose):
 
 # %% ../nbs/31_nn.ipynb #c048
 class _MaxPool(Module):
-    shown = 'kernel_size={kernel_size}, stride={stride}, padding={padding}, dilation={dilation}, ceil_mode=False'
+    shown = 'kernel_size={kernel_size}, stride={stride}, padding={padding}, dilation={dilation}, ceil_mode={ceil_mode}'
     def __init__(self,
         kernel_size, # a number or a pair, as all of these
         stride=None, # from a window to the next; the kernel if `None`
         padding=0,   # around the image, at most half of the kernel
         dilation=1,  # from an element of a window to the next
-    ): self.kernel_size,self.stride,self.padding,self.dilation = kernel_size,kernel_size if stride is None else stride,padding,dilation
-    def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.dilation)
+        *,
+        ceil_mode=False, # whether a last window may reach beyond the padding
+    ): self.kernel_size,self.stride,self.padding,self.dilation,self.ceil_mode = kernel_size,kernel_size if stride is None else stride,padding,dilation,ceil_mode
+    def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 class MaxPool1d(_MaxPool):
     "The largest element of each window of a sequence"
@@ -569,9 +572,10 @@ class _AvgPool(Module):
         kernel_size, # a number or a pair, as all of these
         stride=None, # from a window to the next; the kernel if `None`
         padding=0,   # zeros around the image, at most half of the kernel
-        count_include_pad=True, # whether they count as elements
-    ): self.kernel_size,self.stride,self.padding,self.count_include_pad = kernel_size,kernel_size if stride is None else stride,padding,count_include_pad
-    def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.count_include_pad)
+        ceil_mode=False, # whether a last window may reach beyond the padding, where nothing counts
+        count_include_pad=True, # whether the zeros of the padding count as elements
+    ): self.kernel_size,self.stride,self.padding,self.ceil_mode,self.count_include_pad = kernel_size,kernel_size if stride is None else stride,padding,ceil_mode,count_include_pad
+    def forward(self, x): return self.function(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
 
 class AvgPool2d(_AvgPool):
     "The mean of each window of an image"
@@ -747,10 +751,10 @@ class Dropout(Module):
     def __init__(self,
         p=.5,           # probability of a 0, from 0 to 1
         inplace=False,  # for torch's sake; the result is always a new tensor
-        generator=None, # as in `dropout`; a generator, since an integer would give the same mask at each call
+        generator=None, # a generator, or an integer to start one from; the package's own if `None`
     ):
         if not 0 <= p <= 1: raise ValueError(f'Dropout: p is {p}, wanted a probability, from 0 to 1')
-        self.p,self.inplace,self.generator = p,inplace,generator
+        self.p,self.inplace,self.generator = p,inplace,None if generator is None else as_generator(generator)
     def forward(self, x): return dropout(x, self.p, self.training, self.generator)
 
 # %% ../nbs/31_nn.ipynb #c069
@@ -973,9 +977,11 @@ def _class_rows(name, z, target, weight):
     return rows(z), rows(target), False, s, weight
 
 # %% ../nbs/31_nn.ipynb #c086
-def _none_counts(y, ignore_index): # then a mean is 0/0, with gradient 0, as in torch
+def _counted(loss, y, ignore_index):
+    "A mean over nothing is 0/0, with gradient 0, as in torch"
     a = y.cached_data
-    return a is not None and a.size>0 and a[0]==ignore_index and bool((a==ignore_index).all())
+    if a is None or mode.level & TRACE: return where((y==ignore_index).all(), loss+math.nan, loss) if y.size else loss
+    return loss+math.nan if a.size and a[0]==ignore_index and (a==ignore_index).all() else loss
 
 # %% ../nbs/31_nn.ipynb #c087
 _softmax_cross_entropy = SoftmaxCrossEntropy().__call__
@@ -999,7 +1005,7 @@ def cross_entropy(
         log_p = log_softmax(z)
         return _reduce('cross_entropy', reshape(-summation((_gate(log_p, t) if index else log_p)*t, (1,)), s), reduction) # -∞·0 shall be 0
     loss = _softmax_cross_entropy(z, t)
-    return loss + math.nan if index and _none_counts(y, ignore_index) else loss
+    return _counted(loss, y, ignore_index) if index else loss
 
 # %% ../nbs/31_nn.ipynb #c088
 def nll_loss(
@@ -1014,7 +1020,7 @@ def nll_loss(
     if not index: raise ValueError(f'nll_loss: target {y.shape} {y.dtype}, wanted integers {s}')
     t = _Targets(x.shape[1], x.dtype, ignore_index, 0., reduction=='mean')(y, *weight)
     loss = _reduce('nll_loss', reshape(-summation(_gate(x, t)*t, (1,)), s), reduction)
-    return loss + math.nan if reduction=='mean' and _none_counts(y, ignore_index) else loss
+    return _counted(loss, y, ignore_index) if reduction=='mean' else loss
 
 # %% ../nbs/31_nn.ipynb #c089
 def multi_margin_loss(

@@ -178,15 +178,16 @@ def init_state(self:Optimizer,
     slots, # name of an array -> the number that it is filled with
 ) -> dict: # 'step': how many there have been; name: array of the shape of `p`
     "The state of a parameter, with the arrays that it lacks"
-    s,a = self.state.setdefault(p, {'step':0}),p.realize_cached_data()
+    s,a = self.state.setdefault(p, {'step':0}),p.cached_data if mode.level & TRACE else p.realize_cached_data()
     for k,v in slots.items():
         if k not in s: s[k] = xp(a).full(a.shape, v, dtype=a.dtype)
     return s
 
-# %% ../nbs/32_optim.ipynb #54c12378
+# %% ../nbs/32_optim.ipynb #c018
 @patch
 def _trace_step(self:Optimizer):
-    t = mode.trace
+    t,kept = mode.trace,[]
+    t.watch(lambda: all(self.state.get(p) is s and s[k] is a for p,s,k,a in kept)) # otherwise another state has been loaded
     for group in self.param_groups:
         slots,clocks = self.slots(group),{}
         for p in group['params']:
@@ -198,31 +199,32 @@ def _trace_step(self:Optimizer):
             if key not in clocks: clocks[key] = self._trace_scalars(group, a, t)
             states,scalars = clocks[key]
             states.append(s)
-            old = {k:t.array(s[k]) for k in slots}
+            old = {k:t.outside(s[k]) for k in slots}
+            kept += [(p, s, k, s[k]) for k in slots]
             new = dict(old)
             w = self.update(a, t.of(p.grad), new, *scalars)
             if w is not a: a[...] = w
             for k in slots:
                 if new[k] is not old[k]: old[k][...] = new[k]
 
-# %% ../nbs/32_optim.ipynb #cce9d6a3
+# %% ../nbs/32_optim.ipynb #c019
 @patch
 def _trace_scalars(self:Optimizer, group, a, trace):
     "States whose steps are counted together, and what `update` needs for them, each float as a traced number"
     states,now = [],[]
     def kinds(scalars): return [None if x.__class__ is float else x for x in scalars]
-    def advance():
+    def count():
         for s in states: s['step'] += 1
-        now[:] = self.scalars(group, states[0]['step'])
+    trace.after.append(count)
     first = self.scalars(group, 1)
     floats = [k for k,x in enumerate(first) if x.__class__ is float]
     def number(k):
-        if k==floats[0]: advance()
+        if k==floats[0]: now[:] = self.scalars(group, states[0]['step']+1)
         return now[k]
-    trace.checks.append(lambda: kinds(self.scalars(group, states[0]['step']+1))==kinds(first))
-    return states, [type(a)(trace, trace.scalar(lambda k=k: number(k), a.dtype)) if k in floats else x for k,x in enumerate(first)]
+    trace.watch(lambda: kinds(self.scalars(group, states[0]['step']+1)) if states else kinds(first))
+    return states, [trace.scalar(lambda k=k: number(k), a.dtype) if k in floats else x for k,x in enumerate(first)]
 
-# %% ../nbs/32_optim.ipynb #c023
+# %% ../nbs/32_optim.ipynb #c026
 class SGD(Optimizer):
     r"$v \leftarrow \mu v + g,\; w \leftarrow w - \eta v$"
     def __init__(self,
@@ -253,7 +255,7 @@ class SGD(Optimizer):
         p -= lr*g
         return p
 
-# %% ../nbs/32_optim.ipynb #c026
+# %% ../nbs/32_optim.ipynb #c029
 class Adagrad(Optimizer):
     "Duchi, Hazan & Singer, 2011"
     def __init__(self,
@@ -275,7 +277,7 @@ class Adagrad(Optimizer):
         p -= lr*g/(xp(p).sqrt(s['sum']) + eps)
         return p
 
-# %% ../nbs/32_optim.ipynb #c029
+# %% ../nbs/32_optim.ipynb #c032
 class RMSprop(Optimizer):
     "Hinton, 2012, lecture 6e; centered: Graves, 2013, eq. 38 to 45"
     def __init__(self,
@@ -310,7 +312,7 @@ class RMSprop(Optimizer):
         p -= lr*g
         return p
 
-# %% ../nbs/32_optim.ipynb #c035
+# %% ../nbs/32_optim.ipynb #c038
 class Adadelta(Optimizer):
     "Zeiler, 2012, algorithm 1"
     def __init__(self,
@@ -332,7 +334,7 @@ class Adadelta(Optimizer):
         p -= lr*step
         return p
 
-# %% ../nbs/32_optim.ipynb #c038
+# %% ../nbs/32_optim.ipynb #c041
 def _decays(group): return *(x for b in group['betas'] for x in (b, 1-b)),
 
 def _moments(s, g, b1, enter1, b2, enter2):
@@ -340,7 +342,7 @@ def _moments(s, g, b1, enter1, b2, enter2):
     s['exp_avg']    *= b1; s['exp_avg']    += enter1*g
     s['exp_avg_sq'] *= b2; s['exp_avg_sq'] += enter2*g*g
 
-# %% ../nbs/32_optim.ipynb #c039
+# %% ../nbs/32_optim.ipynb #c042
 class Adam(Optimizer):
     "Kingma & Ba, 2015, algorithm 1; amsgrad: Reddi, Kale & Kumar, 2018, algorithm 2"
     def __init__(self,
@@ -369,7 +371,7 @@ class Adam(Optimizer):
         p -= lr*s['exp_avg']/(xp(p).sqrt(v) + eps)
         return p
 
-# %% ../nbs/32_optim.ipynb #c044
+# %% ../nbs/32_optim.ipynb #c047
 class AdamW(Adam):
     "Adam with decoupled weight decay; Loshchilov & Hutter, 2019, algorithm 2"
     decoupled = True
@@ -386,7 +388,7 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad,
             maximize=maximize, decoupled_weight_decay=True)
 
-# %% ../nbs/32_optim.ipynb #c047
+# %% ../nbs/32_optim.ipynb #c050
 class NAdam(Optimizer):
     "Adam with Nesterov's momentum; Dozat, 2016"
     def __init__(self,
@@ -417,7 +419,7 @@ class NAdam(Optimizer):
         p -= (now*g + ahead*s['exp_avg'])/(xp(p).sqrt(s['exp_avg_sq']) + eps)
         return p
 
-# %% ../nbs/32_optim.ipynb #c050
+# %% ../nbs/32_optim.ipynb #c053
 class RAdam(Optimizer):
     "Adam with a warm-up made of its own variance; Liu et al., 2020, algorithm 2"
     def __init__(self,
@@ -445,7 +447,7 @@ class RAdam(Optimizer):
         p -= (a/(xp(p).sqrt(s['exp_avg_sq']) + eps) + b)*s['exp_avg']
         return p
 
-# %% ../nbs/32_optim.ipynb #c053
+# %% ../nbs/32_optim.ipynb #c056
 class Lion(Optimizer):
     "The sign of a momentum; Chen et al., 2023, algorithm 2"
     decoupled = True
@@ -464,7 +466,7 @@ class Lion(Optimizer):
         s['exp_avg'] *= b2; s['exp_avg'] += enter2*g
         return p
 
-# %% ../nbs/32_optim.ipynb #c057
+# %% ../nbs/32_optim.ipynb #c060
 def newton_schulz(
     g, # matrix (m, n)
     coefficients=(3.4445,-4.7750,2.0315), # of ax + bx³ + cx⁵
@@ -480,7 +482,7 @@ def newton_schulz(
         x = a*x + (b*gram + c*(gram@gram))@x
     return x.T if g.shape[0] > g.shape[1] else x
 
-# %% ../nbs/32_optim.ipynb #c061
+# %% ../nbs/32_optim.ipynb #c064
 class Muon(Optimizer):
     "Momentum, orthogonalised; Jordan et al., 2024"
     elementwise,decoupled = False,True
@@ -515,7 +517,7 @@ class Muon(Optimizer):
         p -= lr*longer*newton_schulz(g, *polynomial)
         return p
 
-# %% ../nbs/32_optim.ipynb #c065
+# %% ../nbs/32_optim.ipynb #c068
 _Point = namedtuple('_Point', 't f g slope') # a step length; loss, gradient and slope along the direction there
 
 def _cubic_minimum(a, b, low, high):
@@ -555,7 +557,7 @@ def _strong_wolfe(at, start, t, size, most, c1=1e-4, c2=.9, tol=1e-9):
         else: best,other = p,best if p.slope*(other.t-best.t)>=0 else other
     return best,n+1
 
-# %% ../nbs/32_optim.ipynb #c066
+# %% ../nbs/32_optim.ipynb #c069
 class LBFGS(Optimizer):
     "Limited-memory BFGS; Nocedal & Wright, 2006, algorithms 7.4 and 7.5"
     def __init__(self,
@@ -599,9 +601,10 @@ class LBFGS(Optimizer):
         closure, # computes the loss and its gradients, and returns the loss
     ): # the loss before the step
         "Up to `max_iter` directions"
+        if mode.level & TRACE: raise RuntimeError('jit: LBFGS.step inside a compiled function would have to decide by numbers; compile what is in its closure')
         with no_grad(): return self._step(closure, **self.param_groups[0])
 
-# %% ../nbs/32_optim.ipynb #c067
+# %% ../nbs/32_optim.ipynb #c070
 @patch
 def _step(self:LBFGS, closure, params, lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn, **_):
     def evaluate():
@@ -646,14 +649,14 @@ def _step(self:LBFGS, closure, params, lr, max_iter, max_eval, tolerance_grad, t
         if abs(t*d).max()<=tolerance_change or abs(loss-before)<tolerance_change: break
     return first
 
-# %% ../nbs/32_optim.ipynb #c088
+# %% ../nbs/32_optim.ipynb #c091
 @patch
 def state_dict(self:Optimizer) -> dict: # 'state': {number of a parameter: {'step': …, name: array, …}}; 'param_groups': options, and 'params' as numbers
     "Everything that `load_state_dict` needs to go on from here"
     number = {p:i for i,p in enumerate(p for g in self.param_groups for p in g['params'])}
     return {'state': {number[p]:_plain(s) for p,s in self.state.items()}, 'param_groups': [_plain(g | {'params':[number[p] for p in g['params']]}) for g in self.param_groups]}
 
-# %% ../nbs/32_optim.ipynb #c089
+# %% ../nbs/32_optim.ipynb #c092
 @patch
 def _load_param_state(self:Optimizer, p, group, saved):
     "The state of one parameter, from what has been saved"
@@ -673,7 +676,7 @@ def _load_param_state(self:LBFGS, p, group, saved):
         return np.asarray(v).astype(p.dtype) if len(v.shape) else v.item()
     return {k:read(v) for k,v in saved.items() if k!='al'} # al: torch's scratch
 
-# %% ../nbs/32_optim.ipynb #c090
+# %% ../nbs/32_optim.ipynb #c093
 @patch
 def load_state_dict(self:Optimizer,
     state_dict:dict, # from `state_dict`, or torch's of the same optimiser
@@ -691,10 +694,10 @@ def load_state_dict(self:Optimizer,
     self.state = {owner[i][0]: self._load_param_state(*owner[i], s) for i,s in states.items()}
     self.param_groups = groups
 
-# %% ../nbs/32_optim.ipynb #c095
+# %% ../nbs/32_optim.ipynb #c098
 def _gradients(parameters): return [p.grad for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
 
-# %% ../nbs/32_optim.ipynb #c096
+# %% ../nbs/32_optim.ipynb #c099
 def clip_grad_norm_(
     parameters,      # tensor, or iterable of tensors; those without a gradient are left out
     max_norm:float,  # longest that the gradient may be
@@ -720,7 +723,7 @@ def clip_grad_norm_(
             for g in grads: g *= scale
     return Tensor.make_const(np.array(total, grads[0].dtype if grads else np.float32))
 
-# %% ../nbs/32_optim.ipynb #c097
+# %% ../nbs/32_optim.ipynb #c100
 def clip_grad_value_(
     parameters,       # tensor, or iterable of tensors; those without a gradient are left out
     clip_value:float, # largest absolute value that is left
@@ -730,10 +733,10 @@ def clip_grad_value_(
     with no_grad():
         for g in _gradients(parameters):
             a = may_write(g, 'clip_grad_value_')
-            np.clip(a, -clip_value, clip_value, out=a)
+            a[...] = xp(a).clip(a, -clip_value, clip_value)
             note_write(a)
 
-# %% ../nbs/32_optim.ipynb #c100
+# %% ../nbs/32_optim.ipynb #c103
 class ModelEMA:
     "Exponential moving average of weights"
     def __init__(self,
@@ -747,6 +750,7 @@ class ModelEMA:
     def update(self):
         "Take in the present weights, after a step"
         if self._swapped: raise RuntimeError('ModelEMA: the averages are in the place of the weights')
+        if mode.level & TRACE: raise RuntimeError('jit: ModelEMA.update inside a compiled function would count once; call it outside')
         for p,a in zip(self.params, self.averages):
             x = p.realize_cached_data()
             for x,a,_ in _pieces(x, a, {}, ()) if x.nbytes > 2*_piece else ((x, a, {}),):
@@ -776,7 +780,7 @@ class ModelEMA:
         if have!=got: raise ValueError(f'ModelEMA: shapes {got}, wanted {have}')
         self.averages,self.n_averaged,self.decay = new,int(state_dict['n_averaged']),float(state_dict['decay'])
 
-# %% ../nbs/32_optim.ipynb #c106
+# %% ../nbs/32_optim.ipynb #c109
 class LRScheduler:
     "Sets the learning rates of an optimiser, step after step"
     chainable,eta_min = True,0.
@@ -828,12 +832,12 @@ class LRScheduler:
                 for s,d in zip(self.schedulers, v, strict=True): s.load_state_dict(d)
             else: setattr(self, k, _plain(v))
 
-# %% ../nbs/32_optim.ipynb #c108
+# %% ../nbs/32_optim.ipynb #c111
 def _positive(scheduler, **options):
     for k,v in options.items():
         if not v>0: raise ValueError(f'{type(scheduler).__name__}: {k} is {v}, wanted more than 0')
 
-# %% ../nbs/32_optim.ipynb #c109
+# %% ../nbs/32_optim.ipynb #c112
 class ConstantLR(LRScheduler):
     "A part of the rate at first, then the whole"
     def __init__(self,
@@ -847,7 +851,7 @@ class ConstantLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.start_factor if t<self.total_iters else 1.
 
-# %% ../nbs/32_optim.ipynb #c110
+# %% ../nbs/32_optim.ipynb #c113
 class LinearLR(LRScheduler):
     "From one factor to another in a straight line; by default a warm-up"
     def __init__(self,
@@ -864,7 +868,7 @@ class LinearLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.start_factor + (self.end_factor-self.start_factor)*min(t, self.total_iters)/self.total_iters
 
-# %% ../nbs/32_optim.ipynb #c111
+# %% ../nbs/32_optim.ipynb #c114
 class PolynomialLR(LRScheduler):
     "To zero, as a power of the steps that are left"
     def __init__(self,
@@ -878,7 +882,7 @@ class PolynomialLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return (1 - min(t, self.total_iters)/self.total_iters)**self.power
 
-# %% ../nbs/32_optim.ipynb #c112
+# %% ../nbs/32_optim.ipynb #c115
 class ExponentialLR(LRScheduler):
     "The same factor at every step"
     def __init__(self,
@@ -891,7 +895,7 @@ class ExponentialLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.gamma**t
 
-# %% ../nbs/32_optim.ipynb #c113
+# %% ../nbs/32_optim.ipynb #c116
 class StepLR(LRScheduler):
     "A factor at every T-th step"
     def __init__(self,
@@ -905,7 +909,7 @@ class StepLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.gamma**(t//self.step_size)
 
-# %% ../nbs/32_optim.ipynb #c114
+# %% ../nbs/32_optim.ipynb #c117
 class MultiStepLR(LRScheduler):
     "A factor at each of the given steps"
     def __init__(self,
@@ -919,7 +923,7 @@ class MultiStepLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return self.gamma**bisect_right(self.milestones, t)
 
-# %% ../nbs/32_optim.ipynb #c115
+# %% ../nbs/32_optim.ipynb #c118
 class CosineAnnealingLR(LRScheduler):
     "Down half a wave of a cosine, and up again; Loshchilov & Hutter, 2017, without restarts"
     def __init__(self,
@@ -933,7 +937,7 @@ class CosineAnnealingLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def factor(self, t): return (1 + math.cos(math.pi*t/self.T_max))/2
 
-# %% ../nbs/32_optim.ipynb #c116
+# %% ../nbs/32_optim.ipynb #c119
 class CosineAnnealingWarmRestarts(LRScheduler):
     "Down half a wave of a cosine, then from the top again; Loshchilov & Hutter, 2017, eq. 5"
     chainable = False
@@ -960,7 +964,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         self.last_epoch = math.floor(epoch)
         self.set(self.rates(epoch))
 
-# %% ../nbs/32_optim.ipynb #c117
+# %% ../nbs/32_optim.ipynb #c120
 class LambdaLR(LRScheduler):
     "A factor from a function"
     chainable = False
@@ -975,7 +979,7 @@ class LambdaLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
     def rates(self, t): return [base*f(t) for base,f in zip(self.base_lrs, self.lr_lambdas)]
 
-# %% ../nbs/32_optim.ipynb #c119
+# %% ../nbs/32_optim.ipynb #c122
 class OneCycleLR(LRScheduler):
     "Rate up and down, momentum down and up, over the whole training; Smith & Topin, 2017"
     chainable = False
@@ -1033,7 +1037,7 @@ class OneCycleLR(LRScheduler):
             for g in self.optimizer.param_groups: g[self.momentum] = between(g, m, n) if self.momentum=='momentum' else (between(g, m, n), *g['betas'][1:])
         return [between(g, a, b) for g in self.optimizer.param_groups]
 
-# %% ../nbs/32_optim.ipynb #c121
+# %% ../nbs/32_optim.ipynb #c124
 class ReduceLROnPlateau(LRScheduler):
     "A factor whenever a metric has stopped improving"
     def __init__(self,
@@ -1073,7 +1077,7 @@ class ReduceLROnPlateau(LRScheduler):
             self.set([new if old-new>self.eps else old for old,new in lrs])
         else: self.set([g['lr'] for g in self.optimizer.param_groups])
 
-# %% ../nbs/32_optim.ipynb #c123
+# %% ../nbs/32_optim.ipynb #c126
 def _check_schedulers(name, optimizer, schedulers):
     if not schedulers: raise ValueError(f'{name}: got no schedulers')
     for i,s in enumerate(schedulers):
@@ -1081,7 +1085,7 @@ def _check_schedulers(name, optimizer, schedulers):
         if isinstance(s, ReduceLROnPlateau): raise ValueError(f'{name}: number {i} is a ReduceLROnPlateau, whose step wants a metric')
         if s.optimizer is not optimizer: raise ValueError(f'{name}: number {i}, a {type(s).__name__}, has another optimiser')
 
-# %% ../nbs/32_optim.ipynb #c124
+# %% ../nbs/32_optim.ipynb #c127
 class SequentialLR(LRScheduler):
     "One scheduler after another"
     def __init__(self,
@@ -1106,7 +1110,7 @@ class SequentialLR(LRScheduler):
         else: self.schedulers[i].step()
         self._last_lr = [g['lr'] for g in self.optimizer.param_groups]
 
-# %% ../nbs/32_optim.ipynb #c125
+# %% ../nbs/32_optim.ipynb #c128
 class ChainedScheduler(LRScheduler):
     "Several schedulers at once"
     def __init__(self,

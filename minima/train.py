@@ -15,6 +15,7 @@ import json, math, os, re, sys
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from glob import escape
 from pathlib import Path
 from time import perf_counter
 import numpy as np
@@ -82,11 +83,12 @@ _events = '''before_fit before_epoch before_train before_batch after_pred after_
 class Callback:
     "A part of training: its methods are called at the events they are named after"
     order = 0       # who is called first: the smallest; of equals, who came first
-    saved = ()      # names of attributes that a checkpoint keeps
-    watching = False # whether it only looks on; then `lr_find` does without it
+    saved = ()      # names of attributes that a checkpoint keeps; there from the beginning
+    inside = ()     # names of events that use tensors only, so that they can be part of a compiled step
+    watching = False # whether `lr_find` does without it, as it only looks on, or sets rates of its own
     learn = None
     def __getattr__(self, name):
-        if name[0]=='_' or self.learn is None:
+        if name[0]=='_' or self.learn is None or name in self.saved:
             raise AttributeError(f'{type(self).__name__} has no {name!r}, nor a learner')
         return getattr(self.learn, name)
     def state_dict(self): return {n: getattr(self, n) for n in self.saved}
@@ -110,9 +112,10 @@ class Learner:
         *,
         opt=None,        # an optimiser that is there already, instead of `opt_func` and `lr`
         n_inp:int=1,     # how many parts of a batch are inputs; the others are targets
+        jit=False,       # run each step as one program: `True`, or the back-end of `jit`, 'numpy' or 'c'
     ):
         self.train_dl,self.valid_dl = _pair(dls)
-        self.model,self.loss_func,self.n_inp = model,loss_func,n_inp
+        self.model,self.loss_func,self.n_inp,self.jit = model,loss_func,n_inp,jit
         self.opt = opt_func(list(model.parameters()), lr=lr) if opt is None else opt
         self.lrs = [g['lr'] for g in self.opt.param_groups]
         self.metrics = [m if isinstance(m, Metric) else AvgMetric(m) for m in _listed(metrics)]
@@ -133,8 +136,9 @@ class Learner:
             self.pred = self.model(*xb);                self('after_pred')
             self.loss = self.loss_func(self.pred, *yb); self('after_loss')
     def _one_batch(self):
-        if not self.training: return self.evaluate(self.xb, self.yb)
-        try: self.step(self.xb, self.yb)
+        step,evaluate = self._compiled() if self.jit else (self.step, self.evaluate)
+        if not self.training: return evaluate(self.xb, self.yb)
+        try: step(self.xb, self.yb)
         except CancelStepException: self('after_cancel_step')
         except BaseException: self.opt.zero_grad(); raise
     def _all_batches(self, batches, start=0):
@@ -172,7 +176,8 @@ class Learner:
     ):
         "Train"
         lrs = self.lrs if lr is None else _listed(lr)*(1 if isinstance(lr, (list,tuple)) else len(self.lrs))
-        for g,v in zip(self.opt.param_groups, lrs, strict=True):
+        if len(lrs)!=len(self.lrs): raise ValueError(f'fit: {len(lrs)} learning rates for {len(self.lrs)} groups of parameters')
+        for g,v in zip(self.opt.param_groups, lrs):
             g['lr'] = v
             g.pop('initial_lr', None) # of an earlier schedule
         self.opt.zero_grad()
@@ -250,6 +255,7 @@ def remove_cbs(self:Learner,
 def _set_cbs(self:Learner, cbs):
     self.cbs = sorted(cbs, key=lambda cb: cb.order)
     self._listeners = {e: [getattr(cb, e) for cb in self.cbs if hasattr(type(cb), e)] for e in _events}
+    self._programs = None
     self.recorder = next((cb for cb in self.cbs if isinstance(cb, Recorder)), None)
 
 @patch
@@ -332,8 +338,8 @@ class Metric:
     @property
     def name(self): # F1Score → f1_score
         return re.sub('(?<=[a-z0-9])(?=[A-Z])', '_', type(self).__name__).lower()
-    def __call__(self, pred, target): # for a lone batch
-        self.reset(); self.update(pred, target)
+    def __call__(self, pred, *targets): # for a lone batch
+        self.reset(); self.update(pred, *targets)
         return self.value
 
 # %% ../nbs/34_train.ipynb #c033
@@ -343,9 +349,9 @@ class AvgMetric(Metric):
         func, # predictions and targets to a number
     ): self.func = func; self.reset()
     def reset(self): self.total,self.count = 0.,0
-    def update(self, pred, target):
-        n = int(np.prod(np.shape(target)))
-        self.total += float(self.func(pred, target))*n
+    def update(self, pred, *targets):
+        n = int(np.prod(np.shape(targets[0])))
+        self.total += float(self.func(pred, *targets))*n
         self.count += n
     @property
     def value(self): return self.total/self.count if self.count else math.nan
@@ -553,7 +559,9 @@ def get_preds(self:Learner,
 # %% ../nbs/34_train.ipynb #c057
 class Schedule(Callback):
     "Learning rates by a scheduler"
-    order = 55 # after the recorder has noted the rate
+    order,watching = 55,True # after the recorder has noted the rate
+    steps = done = 0
+    scheduler = None
     def __init__(self,
         make,            # function of an optimiser and the number of steps to a scheduler
         by_epoch=False,  # whether a step is an epoch; otherwise a batch
@@ -574,7 +582,7 @@ class Schedule(Callback):
         if self.by_epoch: self._step()
     saved = 'steps','done','scheduler'
     def state_dict(self):
-        return {'steps':self.steps, 'done':self.done, 'scheduler':self.scheduler.state_dict()}
+        return {'steps':self.steps, 'done':self.done, 'scheduler':self.scheduler and self.scheduler.state_dict()}
     def load_state_dict(self, state):
         if state['steps']!=self.steps:
             raise ValueError(f"Schedule: the saved one is for {state['steps']} steps, this fit has {self.steps}")
@@ -606,6 +614,7 @@ class GradientClip(Callback):
         norm_type=2., # of that norm
         value=None,   # largest absolute value of a number in them; `None` for any
     ): self.max_norm,self.norm_type,self.value = max_norm,norm_type,value
+    inside = 'before_step',
     def before_step(self):
         if self.value is not None: clip_grad_value_(self.model.parameters(), self.value)
         if self.max_norm is None: return
@@ -614,15 +623,14 @@ class GradientClip(Callback):
 # %% ../nbs/34_train.ipynb #c064
 class GradientAccumulation(Callback):
     "A step for every `n_acc` rows or more, as if they had been one batch"
-    order,saved = -10,('count',) # before the gradients are clipped
+    order,saved,inside = -10,('count',),('before_backward',) # before the gradients are clipped
     def __init__(self,
         n_acc=32, # rows
     ): self.n_acc,self.count = n_acc,0
     def before_train(self): self.count = 0
-    def before_backward(self):
-        self.count += self.batch_size
-        self.learn.loss_grad = self.loss*self.batch_size
+    def before_backward(self): self.learn.loss_grad = self.loss*self.batch_size
     def before_step(self):
+        self.count += self.batch_size
         last = self.iter+1==self.n_iter # batch of the epoch, which takes the step in any case
         if self.count<self.n_acc and not last: raise CancelStepException
         with no_grad():
@@ -697,6 +705,55 @@ class TerminateOnNaNCallback(Callback):
         return f'{where}: the first layer with a result that is not finite is {name or "the model itself"}, {m!r}; its input is {came}'
 
 # %% ../nbs/34_train.ipynb #c077
+_within = 'after_pred','after_loss','before_backward','before_step' # events in the middle of a step
+
+@patch
+def _compiled(self:Learner):
+    "`step` and `evaluate` as programs"
+    if self._programs is None:
+        from minima.compile import jit # takes as long to import as all the rest
+        as_program = partial(jit, backend='auto' if self.jit is True else self.jit)
+        calls   = {e: [(f, e in f.__self__.inside) for f in self._listeners[e]] for e in _within}
+        divided = any(not inside for e in _within for _,inside in calls[e])
+        def happen(event, within):
+            for f,inside in calls[event]:
+                if inside==within: f()
+        def outside(xb, yb, *events):
+            before = self.pred,self.loss,self.loss_grad
+            for e in events: happen(e, False)
+            if any(a is not b for a,b in zip(before, (self.pred,self.loss,self.loss_grad))):
+                raise RuntimeError(f"Learner: with jit, a callback has changed the predictions or the loss after they were computed; name the event in its `inside`, or leave out jit")
+        def forward(xb, yb):
+            self.pred = self.model(*xb);                happen('after_pred', True)
+            self.loss = self.loss_func(self.pred, *yb); happen('after_loss', True)
+        def update():
+            self.opt.step()
+            self.opt.zero_grad()
+        def learn(xb, yb):
+            forward(xb, yb)
+            self.loss_grad = self.loss; happen('before_backward', True)
+            self.loss_grad.backward()
+            if not divided: happen('before_step', True); update()
+            return self.pred,self.loss
+        def judge(xb, yb):
+            with no_grad(): forward(xb, yb)
+            return self.pred,self.loss
+        learn,update,judge = map(as_program, (learn, update, judge))
+        def step(xb, yb):
+            self.pred,self.loss = learn(xb, yb)
+            self.loss_grad = self.loss
+            if divided:
+                outside(xb, yb, *_within[:3])
+                self('before_step')
+                update()
+            self('after_step')
+        def evaluate(xb, yb):
+            self.pred,self.loss = judge(xb, yb)
+            outside(xb, yb, *_within[:2])
+        self._programs = step,evaluate
+    return self._programs
+
+# %% ../nbs/34_train.ipynb #c082
 class TrackerCallback(Callback):
     "Whether a column of the recorder has improved"
     order,watching,saved = 70,True,('best','wait')
@@ -707,6 +764,7 @@ class TrackerCallback(Callback):
     ):
         falls = comp is np.less if comp is not None else bool(re.search('loss|error|perplexity', monitor))
         self.monitor,self.sign,self.min_delta = monitor,-1 if falls else 1,min_delta
+        self.best,self.wait = -self.sign*math.inf,0
     def before_fit(self):
         if self.monitor not in self.recorder.names: raise ValueError(f'{type(self).__name__}: there is no {self.monitor!r}, only {", ".join(self.recorder.names)}')
         self.best,self.wait = -self.sign*math.inf,0
@@ -716,7 +774,7 @@ class TrackerCallback(Callback):
         if self.improved: self.best,self.wait = value,0
         else: self.wait += 1
 
-# %% ../nbs/34_train.ipynb #c078
+# %% ../nbs/34_train.ipynb #c083
 class EarlyStoppingCallback(TrackerCallback):
     "End the fit when nothing improves"
     def __init__(self,
@@ -729,7 +787,7 @@ class EarlyStoppingCallback(TrackerCallback):
         super().after_epoch()
         if self.wait>=self.patience: raise CancelFitException
 
-# %% ../nbs/34_train.ipynb #c079
+# %% ../nbs/34_train.ipynb #c084
 class SaveModelCallback(TrackerCallback):
     "Write the weights when they are the best so far, and have these at the end"
     order = 69 # before the fit may end
@@ -747,7 +805,7 @@ class SaveModelCallback(TrackerCallback):
     def after_fit(self):
         if math.isfinite(self.best): load_model(self.model, self.path)
 
-# %% ../nbs/34_train.ipynb #c080
+# %% ../nbs/34_train.ipynb #c085
 class CSVLogger(Callback):
     "The rows of the recorder as a file"
     order,watching = 65,True
@@ -759,7 +817,7 @@ class CSVLogger(Callback):
         rows = [self.recorder.names, *self.recorder.values]
         atomic_write({self.path: ''.join(','.join(map(str, r))+'\n' for r in rows).encode()})
 
-# %% ../nbs/34_train.ipynb #c084
+# %% ../nbs/34_train.ipynb #c089
 def _generators(model):
     "The random generators that modules hold"
     return {f'{n}.{k}':g for n,m in model.named_modules() for k,g in vars(m).items() if isinstance(g, np.random.Generator)}
@@ -785,7 +843,7 @@ def state_dict(self:Learner)->dict: # not a copy; a file can hold it
             'callbacks': {n:cb.state_dict() for n,cb in self._named_cbs().items()},
             'rng': get_rng_state(), 'rng_epoch': self.rng_epoch, 'generators': {n:g.bit_generator.state for n,g in _generators(self.model).items()}}
 
-# %% ../nbs/34_train.ipynb #c085
+# %% ../nbs/34_train.ipynb #c090
 @patch
 def _load_moment(self:Learner, state):
     "What changes while batches are drawn: random numbers, callbacks"
@@ -820,10 +878,12 @@ def load_state_dict(self:Learner,
     "Be as at that time, or, if anything does not fit, as before"
     if not isinstance(state, dict) or state.get('checkpoint')!=1: raise ValueError(f'load_state_dict: got {type(state).__name__} without checkpoint version 1')
     old = deepcopy(self.state_dict())
+    if state.keys()!=old.keys(): raise ValueError(f'load_state_dict: a state of {sorted(state)}, wanted {sorted(old)}')
+    if not all(type(i) is int and i>=0 for i in state['position']) or len(state['position'])!=2: raise ValueError(f"load_state_dict: position {state['position']}, wanted epoch and batch")
     try: self._load(state)
     except Exception: self._load(old); raise
 
-# %% ../nbs/34_train.ipynb #c086
+# %% ../nbs/34_train.ipynb #c091
 @patch
 def resume(self:Learner,
     state:dict, # from `state_dict`
@@ -833,7 +893,7 @@ def resume(self:Learner,
     self.position,self.state = tuple(state['position']),state
     if self.position[1]: set_rng_state(state['rng_epoch']) # with which the loader began its epoch
 
-# %% ../nbs/34_train.ipynb #c087
+# %% ../nbs/34_train.ipynb #c092
 class CheckpointCallback(Callback):
     "Write the state of the run to a file, and go on from there if the file exists"
     order,watching = 100,True # when the others are done
@@ -844,13 +904,16 @@ class CheckpointCallback(Callback):
     ): self.path,self.every,self.resume = Path(path),every,resume
     def before_fit(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for f in self.path.parent.glob(f'.{self.path.name}.*.part'): f.unlink() # of a run that was killed while writing
-        if self.resume and self.path.exists(): self.learn.resume(load_file(self.path))
+        for f in self.path.parent.glob(f'.{escape(self.path.name)}.*.part'): f.unlink() # of a run that was killed while writing
+        if not self.resume or not self.path.exists(): return
+        state = load_file(self.path)
+        try: self.learn.resume(state)
+        except Exception as e: raise ValueError(f'{self.path}: {type(e).__name__}: {e}; another path, or resume=False, begins anew') from e
     def after_batch(self):
         if self.training and self.every and (self.iter+1)%self.every==0: self.after_epoch()
     def after_epoch(self): save_file(self.learn.state_dict(), self.path)
 
-# %% ../nbs/34_train.ipynb #c096
+# %% ../nbs/34_train.ipynb #c101
 class LRFinder(Callback):
     "A learning rate that grows, and the loss at each"
     def __init__(self,
@@ -891,7 +954,7 @@ class LRFinder(Callback):
         return draw_lines({'loss': np.stack([x, y], 1), f'suggestion {self.lrs[at]:.2g}': [(x[at], y[at])]}, 'logarithm of the learning rate to base 10', 'smoothed loss')
     def __repr__(self): return f'LRFinder(suggestion={self.suggestion:.2g}, minimum={self.minimum:.2g}, {len(self.lrs)} batches)'
 
-# %% ../nbs/34_train.ipynb #c097
+# %% ../nbs/34_train.ipynb #c102
 @patch
 def lr_find(self:Learner,
     start_lr=1e-7, # the first rate
@@ -900,17 +963,19 @@ def lr_find(self:Learner,
     stop_div=True, # stop when the smoothed loss is four times the least so far
 )->LRFinder: # its `suggestion` is a rate, its `plot` a picture
     "Try growing rates, and leave everything as it was"
-    finder,old,before = LRFinder(start_lr, end_lr, num_it, stop_div),self.cbs,deepcopy(self.state_dict())
+    finder,old = LRFinder(start_lr, end_lr, num_it, stop_div),self.cbs
     epochs = num_it if not _length(self.train_dl) else -(-num_it//_length(self.train_dl))
     self._set_cbs([cb for cb in old if not cb.watching])
+    before,modes = deepcopy(self.state_dict()),[(m, m.training) for m in self.model.modules()]
     try: self.fit(epochs, cbs=finder)
     finally:
-        self._set_cbs(old)
         self.load_state_dict(before)
+        self._set_cbs(old)
+        for m,mode in modes: m.training = mode
     if len(finder.raw)<3: raise RuntimeError(f'lr_find: the loss was not finite after {len(finder.raw)} batches')
     return finder
 
-# %% ../nbs/34_train.ipynb #c101
+# %% ../nbs/34_train.ipynb #c106
 @patch
 def save(self:Learner,
     path,               # of the file, ends in .npz
@@ -919,7 +984,7 @@ def save(self:Learner,
     "Write the weights, whole or not at all"
     save_file({'model': self.model.state_dict()} | ({'optimizer': type(self.opt).__name__, 'opt': self.opt.state_dict()} if with_opt else {}), path)
 
-# %% ../nbs/34_train.ipynb #c102
+# %% ../nbs/34_train.ipynb #c107
 @patch
 def load(self:Learner,
     path,               # of such a file, or of a checkpoint

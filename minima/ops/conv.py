@@ -10,7 +10,7 @@ __all__ = ['upsample', 'Windows', 'Unfold', 'Fold', 'unfold', 'fold', 'ConvOp', 
 
 # %% ../../nbs/15_conv.ipynb #c003
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 import numpy as np
 from ..autograd import Tensor, TensorOp, UnaryOp, frozen
 from ..device import Meta, dtype_of, xp
@@ -375,15 +375,28 @@ def _pool_windows(name, d, x, kernel, stride, padding, dilation):
     if any(2*p>k for p,k in zip(w.padding, w.kernel)): raise ValueError(f'{name}: padding {w.padding}, wanted at most half of the kernel {w.kernel}')
     return w
 
+def _ceiled(windows, x, value=0):
+    "`x` with so many places behind it that no window which begins before its end is left out"
+    more = []
+    for n,k,s,p,d in zip(x.shape[2:], windows.kernel, windows.stride, windows.padding, windows.dilation):
+        last,rest = divmod(n + 2*p - d*(k-1) - 1, s)
+        more.append(s-rest if rest and (last+1)*s < n+p else 0)
+    return pad(x, [m for n in more[::-1] for m in (0,n)], value=value) if any(more) else x
+
+def _max_pool(name, d, x, kernel, stride, padding, dilation, ceil_mode):
+    w = _pool_windows(name, d, x, kernel, stride, padding, dilation)
+    return MaxPool(w)(_ceiled(w, x, _lowest(x.dtype)) if ceil_mode else x)
+
 def max_pool2d(
     x:Tensor,    # (n, c, h, w)
     kernel,      # size of a window; a number or a pair, as all of these
     stride=None, # from a window to the next; the kernel if `None`
     padding=0,   # around the image, at most half of the kernel
     dilation=1,  # from an element of a window to the next
+    ceil_mode:bool=False, # whether a last window may reach beyond the padding
 ) -> Tensor:     # (n, c, windows below each other, windows side by side)
     "The largest element of each window"
-    return MaxPool(_pool_windows('max_pool2d', 2, x, kernel, stride, padding, dilation))(x)
+    return _max_pool('max_pool2d', 2, x, kernel, stride, padding, dilation, ceil_mode)
 
 def max_pool1d(
     x:Tensor,    # (n, c, l)
@@ -391,38 +404,48 @@ def max_pool1d(
     stride=None,
     padding=0,
     dilation=1,
+    ceil_mode:bool=False,
 ) -> Tensor:     # (n, c, windows)
     "The largest element of each window"
-    return MaxPool(_pool_windows('max_pool1d', 1, x, kernel, stride, padding, dilation))(x)
+    return _max_pool('max_pool1d', 1, x, kernel, stride, padding, dilation, ceil_mode)
 
-# %% ../../nbs/15_conv.ipynb #c054
-def _avg_pool(name, d, x, kernel, stride, padding, count_include_pad):
+# %% ../../nbs/15_conv.ipynb #c056
+def _counted(n, k, s, p, count, inside):
+    "How many elements of each of `count` windows along an axis lie in the array of size n and its padding, or in the array"
+    start = np.arange(count)*s - p
+    return np.minimum(start+k, n + p*(not inside)) - np.maximum(start, 0 if inside else -p)
+
+def _avg_pool(name, d, x, kernel, stride, padding, ceil_mode, count_include_pad):
     w = _pool_windows(name, d, x, kernel, stride, padding, 1)
-    k,counts = _size(w.kernel),w.count(x.shape[2:])
-    def total(x): return summation(reshape(Unfold(w)(x), (*x.shape[:2], k, *counts)), (2,))
-    return total(x) / (k if count_include_pad else total(_near(np.ones((1, 1, *x.shape[2:]), x.dtype), x)))
+    y = _ceiled(w, x) if ceil_mode else x
+    k,counts = _size(w.kernel),w.count(y.shape[2:])
+    total = summation(reshape(Unfold(w)(y), (*y.shape[:2], k, *counts)), (2,))
+    if count_include_pad and y is x: return total/k
+    return total / _near(reduce(np.multiply.outer, map(partial(_counted, inside=not count_include_pad), x.shape[2:], w.kernel, w.stride, w.padding, counts)).astype(x.dtype), x)
 
 def avg_pool2d(
     x:Tensor,    # (n, c, h, w)
     kernel,      # size of a window; a number or a pair, as all of these
     stride=None, # from a window to the next; the kernel if `None`
     padding=0,   # zeros around the image, at most half of the kernel
-    count_include_pad:bool=True, # whether they count as elements
+    ceil_mode:bool=False, # whether a last window may reach beyond the padding, where nothing counts
+    count_include_pad:bool=True, # whether the zeros of the padding count as elements
 ) -> Tensor:     # (n, c, windows below each other, windows side by side)
     "The mean of each window"
-    return _avg_pool('avg_pool2d', 2, x, kernel, stride, padding, count_include_pad)
+    return _avg_pool('avg_pool2d', 2, x, kernel, stride, padding, ceil_mode, count_include_pad)
 
 def avg_pool1d(
     x:Tensor,    # (n, c, l)
     kernel,      # this and the others as in `avg_pool2d`
     stride=None,
     padding=0,
+    ceil_mode:bool=False,
     count_include_pad:bool=True,
 ) -> Tensor:     # (n, c, windows)
     "The mean of each window"
-    return _avg_pool('avg_pool1d', 1, x, kernel, stride, padding, count_include_pad)
+    return _avg_pool('avg_pool1d', 1, x, kernel, stride, padding, ceil_mode, count_include_pad)
 
-# %% ../../nbs/15_conv.ipynb #c057
+# %% ../../nbs/15_conv.ipynb #c059
 @dataclass(frozen=True)
 class Taps:
     "Where results along an axis take their numbers, and how much of them"
@@ -437,7 +460,7 @@ class Taps:
     @property
     def matrix(self): return _matrix(self)
 
-# %% ../../nbs/15_conv.ipynb #c058
+# %% ../../nbs/15_conv.ipynb #c060
 @lru_cache(1000)
 def _table(taps):
     "Places (k, m) and weights (k, m); the place n stands for a 0"
@@ -466,7 +489,7 @@ def _matrix(taps):
     np.add.at(A, (np.arange(len(A)), places), weights)
     return A[:,:-1]
 
-# %% ../../nbs/15_conv.ipynb #c059
+# %% ../../nbs/15_conv.ipynb #c061
 @frozen
 class Resample(UnaryOp):
     r"$y_j=\sum_kw_{kj}\,x_{p_{kj}}$ along an axis; the adjoint has the transposed table"
@@ -484,7 +507,7 @@ class Resample(UnaryOp):
     def meta(self, x): return Meta((*x.shape[:self.axis], self.taps.n if self.taps.adjoint else self.taps.m, *x.shape[self.axis+1:]), x.dtype)
     def gradient(self, out_grad, node): return Resample(self.axis, replace(self.taps, adjoint=not self.taps.adjoint))(out_grad)
 
-# %% ../../nbs/15_conv.ipynb #c060
+# %% ../../nbs/15_conv.ipynb #c062
 def _check_sizes(name, d, x, size):
     if x.ndim!=d+2 or 0 in x.shape[2:]: raise ValueError(f"{name}: x {x.shape}, wanted (n, c, {'h, w' if d==2 else 'l'})")
     return _each(f'{name}, size', size, d, 1)
@@ -511,7 +534,7 @@ def adaptive_avg_pool1d(
     "Means of nearly equal windows, as many as asked for"
     return _adaptive('adaptive_avg_pool1d', 1, x, size)
 
-# %% ../../nbs/15_conv.ipynb #c061
+# %% ../../nbs/15_conv.ipynb #c063
 def interpolate(
     x:Tensor,          # (n, c, h, w), or (n, c, l)
     size=None,         # of the result; this

@@ -24,7 +24,7 @@ from numbers import Number
 import math, operator
 import numpy as np
 from fastcore.basics import patch
-from ..autograd import LAZY, RECORD, Tensor, TensorOp, UnaryOp, frozen, is_torch, mode, new_tensor, next_rank, run_op
+from ..autograd import LAZY, RECORD, TRACE, Tensor, TensorOp, UnaryOp, frozen, is_torch, mode, new_tensor, next_rank, run_op
 from ..device import dtype_of, xp
 from .shape import BroadcastTo, reshape
 
@@ -131,13 +131,13 @@ def as_number(x):
 
 def _near(a, x):
     "An array of NumPy's as a constant tensor where the tensor `x` lives"
-    return Tensor.make_const(a if x.cached_data is None else xp(x.cached_data).asarray(a))
+    return Tensor.make_const(a if x.cached_data is None or mode.level & TRACE else xp(x.cached_data).asarray(a))
 
 def as_tensor(x, name, near=None):
     "`x` as a tensor, if it can stand beside one; where `near` lives, if that is a tensor"
     if isinstance(x, Tensor): return x
     if is_torch(x): raise TypeError(f'{name}: a torch tensor beside a minima tensor; convert one of them, with `Tensor(t.detach().numpy())` or `torch.tensor(t.numpy())`')
-    if not isinstance(x, (np.ndarray,np.generic,list,tuple,Number)): raise TypeError(f'{name}: unsupported operand of type {type(x).__name__}; wanted a tensor, an array or a number')
+    if not isinstance(x, (np.ndarray,np.generic,list,tuple,Number)) and not (mode.level & TRACE and hasattr(x, '__array_namespace__')): raise TypeError(f'{name}: unsupported operand of type {type(x).__name__}; wanted a tensor, an array or a number')
     x = Tensor(x, requires_grad=False)
     return _near(x.cached_data, near) if isinstance(near, Tensor) else x
 
@@ -640,9 +640,8 @@ _all_ = ['sin', 'cos', 'tan', 'arcsin', 'arccos', 'arctan', 'sinh', 'cosh', 'tan
 def _sign(x):
     "-1, 0 or 1 as a new array; 0 of NaN"
     if x.__class__ is np.ndarray and x.size>10000: return (x>0).view('i1') - (x<0).view('i1') # faster than NumPy's sign
-    y = xp(x).asarray(xp(x).sign(x))
-    y[y!=y] = 0 # in the standard it is NaN
-    return y
+    y = xp(x).sign(x)
+    return _keep(y, y==y) # in the standard it is NaN
 
 # %% ../../nbs/11_elementwise.ipynb #c123
 class SignGate(ZipOp):

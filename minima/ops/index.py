@@ -10,7 +10,7 @@ __all__ = ['GetItem', 'PutItem', 'SetItem', 'index_put', 'gather', 'scatter', 's
 from math import prod as product
 import numpy as np
 from fastcore.basics import patch
-from ..autograd import Tensor, TensorOp, UnaryOp, frozen, is_grad_enabled, may_write, note_write
+from ..autograd import TRACE, Tensor, TensorOp, UnaryOp, frozen, is_grad_enabled, may_write, mode, note_write
 from ..device import Meta, xp
 from .elementwise import _near, _zeros, align, as_tensor, astype, where
 from .reduce import TakeAlongAxis, _add_at, as_axis, as_places
@@ -24,7 +24,7 @@ class GetItem(UnaryOp):
     index:object # integer, slice, `None`, `...`, array of integers or booleans, or a tuple of those
     def compute(self, x):
         if type(x) is type(self.index) is np.ndarray and self.index.dtype.kind in 'iu' and x.ndim: return x.take(self.index, axis=0) # twice as fast
-        return x[self.index] if isinstance(x, (np.ndarray,np.generic,Meta)) else _take_flat(x, _places(self.index, x.shape))
+        return x[self.index] if isinstance(x, (np.ndarray,np.generic,Meta)) or mode.level & TRACE else _take_flat(x, _places(self.index, x.shape))
     def gradient(self, out_grad, node): return PutItem(self.index, node.inputs[0].shape)(out_grad)
 
 # %% ../../nbs/14_indexing.ipynb #c007
@@ -35,9 +35,9 @@ class PutItem(UnaryOp):
     index:object # as in `GetItem`
     shape:tuple  # of the result
     def compute(self, y):
-        if not isinstance(y, (np.ndarray,np.generic)): return _add_flat(self.shape, _places(self.index, self.shape), y)
+        if not (isinstance(y, (np.ndarray,np.generic)) or mode.level & TRACE): return _add_flat(self.shape, _places(self.index, self.shape), y)
         if _may_repeat(self.index): return _add_at(self.shape, _places(self.index, self.shape), y)
-        x = np.zeros(self.shape, y.dtype)
+        x = xp(y).zeros(self.shape, dtype=y.dtype)
         x[self.index] = y
         return x
     def meta(self, y): return Meta(self.shape, y.dtype)
@@ -91,6 +91,7 @@ def _plain(index):
 @patch
 def __getitem__(self:Tensor, index)->Tensor:
     "Elements, in NumPy's grammar of indices"
+    if mode.level & TRACE and isinstance(index, Tensor) and index.dtype.kind in 'iu' and self.ndim: return _rows(self, as_places('getitem', index, len(self))) # its numbers may not be there yet
     return GetItem(_plain(index))(self)
 
 # %% ../../nbs/14_indexing.ipynb #c016
@@ -111,11 +112,11 @@ class SetItem(TensorOp):
     __eq__,__hash__ = object.__eq__,object.__hash__ # an index may be an array
     index:object # as in `GetItem`
     def compute(self, x, v):
-        if not isinstance(x, (np.ndarray,np.generic)):
+        if not (isinstance(x, (np.ndarray,np.generic)) or mode.level & TRACE):
             source,places = np.arange(product(x.shape)),_places(self.index, x.shape).reshape(-1)
             source[places] = len(source) + np.arange(len(places))
             return _take_flat(xp(x).concat([xp(x).reshape(t, (-1,)) for t in (x,v)]), source.reshape(x.shape))
-        y = np.array(x, order='C')
+        y = x.copy() if mode.level & TRACE else np.array(x, order='C')
         if _may_repeat(self.index): y.reshape(-1)[_places(self.index, y.shape).ravel()] = v.ravel() # in this order, so that the last one stays
         else: y[self.index] = v
         return y

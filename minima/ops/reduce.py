@@ -15,7 +15,7 @@ from collections import namedtuple
 from math import prod as product
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
-from ..autograd import Op, Tensor, TensorOp, TensorTuple, TupleGetItem, UnaryOp, frozen
+from ..autograd import TRACE, Op, Tensor, TensorOp, TensorTuple, TupleGetItem, UnaryOp, frozen, mode
 from ..device import Meta, xp
 from .elementwise import ZipOp, _keep, _method, _near, _sign_gate, _zeros, align, as_number, as_tensor, astype, exp
 from .shape import as_axes, broadcast_to, reshape, restore_axes, summation
@@ -285,6 +285,20 @@ class SoftmaxCrossEntropy(ZipOp):
                 -log_softmax(z)*g if t.needs else None)
 
 # %% ../../nbs/12_reduce.ipynb #c066
+@frozen
+class _ClassRows(TensorOp):
+    "Class numbers (n,) as rows (n, k) with a single 1"
+    k:int
+    dtype:np.dtype
+    differentiable = False
+    def compute(self, y):
+        a = np.asarray(y)
+        if a.size and a.astype(np.uint64).max() >= self.k: raise ValueError(f'cross_entropy: class numbers from {a.min()} to {a.max()}, wanted 0 to {self.k-1}')
+        t = np.zeros((len(a),self.k), self.dtype)
+        t[np.arange(len(a)),a] = 1
+        return xp(y).asarray(t)
+    def meta(self, y): return Meta((*y.shape,self.k), self.dtype)
+
 _cross_entropy = SoftmaxCrossEntropy()
 def cross_entropy(
     logits:Tensor, # scores (n, k), not probabilities
@@ -295,11 +309,7 @@ def cross_entropy(
     target = as_tensor(target, 'cross_entropy', logits)
     n,k = logits.shape
     if target.shape==(n,) and target.dtype.kind in 'iu':
-        y = target.numpy()
-        if n and y.astype(np.uint64).max() >= k: raise ValueError(f'cross_entropy: class numbers from {y.min()} to {y.max()}, wanted 0 to {k-1} for logits of shape {logits.shape}')
-        t = np.zeros((n,k), logits.dtype)
-        t[np.arange(n),y] = 1
-        target = _near(t, logits)
+        target = _ClassRows(k, logits.dtype)(target)
     elif target.shape!=(n,k) or target.dtype.kind!='f':
         raise ValueError(f'cross_entropy: target is {target.shape} {target.dtype} for logits of shape {logits.shape}; wanted integers ({n},) or floating-point probabilities ({n}, {k})')
     return _cross_entropy(logits, target)
@@ -469,11 +479,25 @@ def as_places(
     places = as_tensor(places, name, near)
     if not places.size and places.dtype.kind=='f': places = astype(places.detach(), np.int64)
     if places.dtype.kind not in 'iu': raise TypeError(f'{name}: places are {places.shape} {places.dtype}, wanted integers')
-    p = places.cached_data
-    if p is None or 0 in p.shape: return places
+    if places.cached_data is None or mode.level & TRACE: return _Within(name, n)(places)
+    _check_places(name, places.cached_data, n)
+    return places
+
+def _check_places(name, p, n):
+    if 0 in p.shape: return
     first,last = int(xp(p).min(p)),int(xp(p).max(p))
     if not 0 <= first <= last < n: raise IndexError(f'{name}: places from {first} to {last}, wanted 0 to {n-1}')
-    return places
+
+@frozen
+class _Within(TensorOp):
+    "Integers, checked when they are known"
+    name:str
+    n:int
+    differentiable = False
+    def compute(self, places):
+        _check_places(self.name, places, self.n)
+        return places
+    def meta(self, places): return places
 
 # %% ../../nbs/12_reduce.ipynb #c087
 def take_along_axis(
