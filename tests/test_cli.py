@@ -323,8 +323,9 @@ def test_wrong_files_are_refused(runs, tmp_path, capsys):
     (tmp_path/'greek.txt').write_text('αβγ', encoding='utf-8')
     def said(model, f): return wrong(capsys, 'predict', '--run', runs/model, tmp_path/f)
     for f in ('torn.a.png', 'torn.a.npy', 'cube.npy', 'object.npy', 'a.txt', 'nowhere.png'): assert f in (told := said('mlp', f)) and 'reads images' in told
-    for f in ('a.png', 'a.npy', 'empty.txt', 'greek.txt', 'nowhere.txt'): assert f in (told := said('gpt', f)) and 'reads texts' in told
+    for f in ('a.png', 'a.npy', 'greek.txt', 'nowhere.txt'): assert f in (told := said('gpt', f)) and 'reads texts' in told
     assert 'wanted greys (h, w)' in said('mlp', 'cube.npy')
+    assert 'empty file, wanted a text' in said('gpt', 'empty.txt')
     assert 'α' in said('gpt', 'greek.txt')
     capsys.readouterr()
     assert call('predict', '--run', runs/'mlp', tmp_path/'a.png', tmp_path/'a.txt')==2 and capsys.readouterr().out=='' # no half answer
