@@ -201,7 +201,7 @@ def make_learner(
     m = models[settings['model']]
     model = m.build(settings, np.random.default_rng(settings['seed']))
     cbs = [Decay(settings['lr'], m.decay), *([GradientClip()] if m.text else []), *cbs]
-    return Learner(dls, model, mean_loss, m.opt_func, settings['lr'], metrics=Perplexity() if m.text else accuracy, cbs=cbs)
+    return Learner(dls, model, mean_loss, m.opt_func, settings['lr'], metrics=Perplexity() if m.text else accuracy, cbs=cbs, jit='c' if settings.get('jit') else False) # not 'auto', so that a run gives the same bits again
 
 # %% ../nbs/39_cli.ipynb #c026
 def read_text(
@@ -279,6 +279,7 @@ train_options = dict( # name=(arguments of `add_argument`)
     batch  = dict(metavar='N',      type=between(int, 1, 10**9),     help='images, or pieces of text, in a step'),
     seed   = dict(metavar='N',      type=between(int, 0, 2**63-1),   help='of the initial weights and the order; the same seed gives the same result (default: 0)'),
     out    = dict(metavar='FOLDER', type=Path, help='folder for config.json, weights.npz, history.csv, loss.svg and checkpoint.npz, made if need be; older ones are replaced (default: runs/mnist, or runs/text)'),
+    jit    = dict(action='store_const', const=True, help='compile the step to a program in C, or where there is no compiler, of NumPy calls'),
     resume = dict(action='store_true', help='go on from the checkpoint in the folder, with the options of that run; --epochs may be greater'),
 )
 
@@ -295,10 +296,10 @@ def settle(
     saved=None, # settings of the run that goes on
 ) -> dict: # what can be written as JSON
     "The settings of a run"
-    given = {k: v for k in ('model','data','hidden','epochs','lr','batch','seed') if (v := getattr(args, k)) is not None}
+    given = {k: v for k in ('model','data','hidden','epochs','lr','batch','seed','jit') if (v := getattr(args, k)) is not None}
     if saved is not None:
         for k,v in given.items():
-            if k!='epochs' and v!=saved[k]: args.parser.error(f'--{k}: {v}, the run in {args.out} has {saved[k]}')
+            if k!='epochs' and v!=saved.get(k): args.parser.error(f'--{k}: {v}, the run in {args.out} has {saved.get(k)}')
         return saved | given
     m = models[name := given.get('model', 'mlp')]
     if 'hidden' in given and m.hidden is None: args.parser.error(f'--hidden: {name} has no choice there')

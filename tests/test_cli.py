@@ -43,6 +43,22 @@ def test_default_is_good_quick_and_repeatable(tmp_path):
     with np.load(a/'weights.npz', allow_pickle=False) as w: assert [w[f'model.{i}.weight'].shape for i in (1,3)]==[(256,784), (10,256)]
     assert (a/'loss.svg').read_text(encoding='utf-8').startswith('<svg')
 
+def test_compiled_is_as_good_and_repeatable(tmp_path):
+    "`--jit`, broken off after an epoch and resumed, beside a run without it"
+    env['MINIMA_CACHE'] = str(tmp_path/'cache')
+    try:
+        ok(minima('train', '--jit', '--epochs', '2', '--out', 'a', cwd=tmp_path))
+        ok(minima('train', '--jit', '--epochs', '1', '--out', 'b', cwd=tmp_path))
+        ok(minima('train', '--resume', '--epochs', '2', '--out', 'b', cwd=tmp_path))
+    finally: del env['MINIMA_CACHE']
+    ok(minima('train', '--epochs', '2', '--out', 'c', cwd=tmp_path))
+    a,b,c = ((tmp_path/d/'weights.npz').read_bytes() for d in 'abc')
+    assert a==b
+    a,c = ([float(r['valid_loss']) for r in csv.DictReader((tmp_path/d/'history.csv').open())] for d in 'ac')
+    np.testing.assert_allclose(a, c, rtol=1e-3)
+    assert list((tmp_path/'cache').glob('*.so'))
+    refused(minima('train', '--resume', '--jit', '--out', 'c', cwd=tmp_path), 2, '--jit')
+
 @pytest.mark.parametrize('args', [['--help'], ['train','--help'], ['predict','--help'], ['check','--help']])
 def test_help_has_examples(args, tmp_path):
     said = ok(minima(*args, cwd=tmp_path))
