@@ -131,6 +131,7 @@ class Trace:
         self.known   = {} # id of an array that nothing from outside has gone into -> array
         self.watched = [] # (function, what it returned)
         self.after   = [] # functions, called after each run that did not fail
+        self.undo    = [] # functions, called if the trace fails
         self.modules = [] # that were called
         self.grads   = {} # id of a tensor -> [tensor, gradient before, was it read before it was set?]
         self.given   = {} # id of an argument -> its number
@@ -682,6 +683,9 @@ def trace(
         with _recording(t): result = f(*args, **kwargs)
         t.watch(_around(f))
         return _program(t, result, given)
+    except BaseException:
+        for undo in t.undo: undo()
+        raise
     finally:
         for v,g,_ in t.grads.values(): _grad.__set__(v, g)
         for v,a in t.tensors.values(): v.cached_data = a
