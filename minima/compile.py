@@ -1154,7 +1154,6 @@ class Compiled:
         self.written = [t.inputs[k][1] for k in p.targets if k is not None and t.inputs[k][0] in ('array','strided')]
         self.given = [self.varying.index(k) for k in p.targets if k is not None and t.inputs[k][0]=='argument'] # arguments that are written to
         self.owners = {id(_owner(a)) for a in self.written}
-        if not all(a.flags.writeable for a in self.written): raise ValueError('jit: assignment destination is read-only')
         read = {id(thing) for kind,thing,_ in t.inputs if kind=='grad'}
         self.replaced = [v for v,_ in p.set_grads if not isinstance(v, int) and id(v) not in read]
     def current(self, flat):

@@ -726,9 +726,11 @@ def _writes(t, given):
     written = [(n.attrs[1], _copy(t, a.node) if view(a.node).node.op=='input' else a.node) for a,n in ends if a.node is not n] # copies, since two tensors may exchange their numbers
     arrays = [a for kind,a,_ in t.inputs if kind in ('array','strided')]
     for k,_ in written:
+        a = t.inputs[k][1]
+        if not isinstance(a, np.ndarray): continue
+        if not a.flags.writeable: raise ValueError('jit: assignment destination is read-only')
         for b in arrays:
-            a = t.inputs[k][1]
-            if isinstance(a, np.ndarray) and a is not b and np.may_share_memory(a, b): raise TraceError(f'jit: an in-place write to an array that shares memory with another one, of {b.shape}')
+            if a is not b and np.may_share_memory(a, b): raise TraceError(f'jit: an in-place write to an array that shares memory with another one, of {b.shape}')
     return written
 
 def _gradients(t):
