@@ -39,7 +39,7 @@ def big_inputs():
     rng = np.random.default_rng(2)
     return [rng.random((1024,1024), dtype=np.float32) + np.float32(.5) for _ in range(2)]
 
-def weights(rng, **shapes):
+def weights(rng, shapes):
     "Weights and biases, under torch's names"
     ws = {}
     for name,s in shapes.items():
@@ -51,16 +51,17 @@ def lenet_inputs():
     "Images (32, 1, 28, 28), class numbers (32,), weights"
     import numpy as np
     rng = np.random.default_rng(3)
-    return rng.random((32,1,28,28), dtype='float32'), rng.integers(0, 10, 32), weights(rng, **{'0.':(6,1,5,5), '3.':(16,6,5,5), '7.':(120,256), '9.':(84,120), '11.':(10,84)})
+    return rng.random((32,1,28,28), dtype='float32'), rng.integers(0, 10, 32), weights(rng, {'0.':(6,1,5,5), '3.':(16,6,5,5), '7.':(120,256), '9.':(84,120), '11.':(10,84)})
 
 heads = 4
 def block_inputs(d=128):
     "Sequences (8, 64, d), weights"
     import numpy as np
     rng = np.random.default_rng(4)
-    return rng.standard_normal((8,64,d), dtype='float32'), weights(rng, **{'self_attn.in_proj_':(3*d,d), 'self_attn.out_proj.':(d,d), 'linear1.':(4*d,d), 'linear2.':(d,4*d), 'norm1.':(d,), 'norm2.':(d,)})
+    return rng.standard_normal((8,64,d), dtype='float32'), weights(rng, {'self_attn.in_proj_':(3*d,d), 'self_attn.out_proj.':(d,d), 'linear1.':(4*d,d), 'linear2.':(d,4*d), 'norm1.':(d,), 'norm2.':(d,)})
 
 def total(a): return float(abs(a).sum())
+def moved(ps, old): return [total(p-o) for p,o in zip(ps, old(), strict=True)] # `old` makes the first weights anew: a copy would count as memory
 
 def chain(x, w, b, n):
     "n operations, the same in both libraries"
@@ -96,9 +97,8 @@ class Minima:
         return step
     def gradients(self, loss, leaves):
         return self.step(loss, leaves), lambda y: [y.item(), *(total(p.grad.numpy()) for p in leaves)]
-    def training(self, loss, leaves, opt):
-        old = [p.detach().numpy().copy() for p in leaves]
-        return self.step(loss, leaves, opt), lambda y: [y.item(), *(total(p.detach().numpy()-o) for p,o in zip(leaves, old))]
+    def training(self, loss, leaves, opt, old):
+        return self.step(loss, leaves, opt), lambda y: [y.item(), *moved([p.detach().numpy() for p in leaves], old)]
     def a(self, n=1000):
         x,w,b = chain_inputs(); x,w,b = self.leaf(x),self.const(w),self.const(b)
         return self.gradients(lambda: chain(x, w, b, n).sum(), [x])
@@ -114,7 +114,7 @@ class Minima:
             h = X
             for W,b in zip(Ws[:-1], bs[:-1]): h = linear(h, W, b).relu()
             return cross_entropy(linear(h, Ws[-1], bs[-1]), y)
-        return self.training(loss, Ws+bs, opt(Ws+bs, **options))
+        return self.training(loss, Ws+bs, opt(Ws+bs, **options), lambda: sum(data(sizes, batch)[2:], []))
     def c(self): return self.net((784,100,10), 100, self.optim.SGD, lr=.1)
     def d(self): return self.net((784,1024,1024,10), 128, self.optim.Adam, lr=1e-4)
     def load(self, model, ws):
@@ -128,7 +128,7 @@ class Minima:
         model = nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
             nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10))
         ps = self.load(model, ws)
-        return self.training(lambda: self.cross_entropy(model(X), y), ps, self.optim.SGD(ps, lr=.1))
+        return self.training(lambda: self.cross_entropy(model(X), y), ps, self.optim.SGD(ps, lr=.1), lambda: lenet_inputs()[2].values())
     def t(self):
         x,ws = block_inputs()
         x,model = self.leaf(x),self.Block(x.shape[-1], heads, 4*x.shape[-1], 0., 'gelu', batch_first=True, norm_first=True)
@@ -141,7 +141,7 @@ class InC(Minima):
     def __init__(self):
         super().__init__()
         import warnings
-        from minima.compile import jit
+        from minima import jit
         warnings.filterwarnings('error', 'jit') # what cannot be compiled is no result
         self.jit = jit
     def step(self, *args): return self.jit(super().step(*args), backend=self.backend, threads=int(os.environ['OMP_NUM_THREADS']))
@@ -177,8 +177,8 @@ class Jax:
         leaves,rest = [self.np.asarray(a) for a in leaves],[self.np.asarray(a) for a in rest]
         f = self.jax.jit(self.jax.value_and_grad(loss))
         return lambda: self.jax.block_until_ready(f(leaves, *rest)), lambda r: [float(r[0]), *map(total, r[1])]
-    def training(self, loss, ps, *rest, lr, adam=False):
-        np,old = self.np,ps
+    def training(self, loss, ps, old, *rest, lr, adam=False):
+        np = self.np
         def update(state, *rest):
             ps,ms,vs,t = state
             y,gs = self.jax.value_and_grad(loss)(ps, *rest)
@@ -192,7 +192,7 @@ class Jax:
             nonlocal state
             y,state = self.jax.block_until_ready(f(state, *rest))
             return y
-        return step, lambda y: [float(y), *(total(p-o) for p,o in zip(state[0], old))]
+        return step, lambda y: [float(y), *moved(state[0], old)]
     def cross_entropy(self, z, y): return -self.np.take_along_axis(self.jax.nn.log_softmax(z), y[:,None], 1).mean()
     def layers(self, h, Ws, bs):
         for W,b in zip(Ws[:-1], bs[:-1]): h = self.jax.nn.relu(h@W.T + b)
@@ -211,7 +211,8 @@ class Jax:
         return self.gradients(loss, big_inputs())
     def net(self, sizes, batch, **options):
         X,y,Ws,bs = data(sizes, batch)
-        return self.training(lambda ps,X,y: self.cross_entropy(self.layers(X, ps[:len(Ws)], ps[len(Ws):]), y), Ws+bs, X, y, **options)
+        n = len(Ws)
+        return self.training(lambda ps,X,y: self.cross_entropy(self.layers(X, ps[:n], ps[n:]), y), Ws+bs, lambda: sum(data(sizes, batch)[2:], []), X, y, **options)
     def c(self): return self.net((784,100,10), 100, lr=.1)
     def d(self): return self.net((784,1024,1024,10), 128, lr=1e-4, adam=True)
     def l(self):
@@ -221,7 +222,7 @@ class Jax:
             h = self.jax.nn.relu(lax.conv_general_dilated(h, K, (1,1), 'VALID') + b[:,None,None])
             return lax.reduce_window(h, -self.np.inf, lax.max, (1,1,2,2), (1,1,2,2), 'VALID')
         def loss(ps, X, y): return self.cross_entropy(self.layers(part(part(X, *ps[:2]), *ps[2:4]).reshape(32,256), ps[4::2], ps[5::2]), y)
-        return self.training(loss, list(ws.values()), X, y, lr=.1)
+        return self.training(loss, list(ws.values()), lambda: lenet_inputs()[2].values(), X, y, lr=.1)
     def t(self):
         x,ws = block_inputs()
         np,nn,(n,s,d) = self.np,self.jax.nn,x.shape
@@ -238,6 +239,7 @@ class Jax:
 class Numpy:
     "Forward and backward written out, every large array allocated once"
     title,compiles = 'NumPy by hand',False
+    def __init__(self): import numpy
     def a(self, n=1000):
         import numpy as np
         x,w,b = chain_inputs(); s = np.asarray(.999, np.float32); zero = np.zeros((), np.float32)
@@ -287,9 +289,6 @@ class Numpy:
             if GX is not None: np.matmul(G[0], Ws[0], GX)
             return loss
         return run, gs
-    def moved(self, ps):
-        old = [p.copy() for p in ps]
-        return lambda loss: [float(loss), *(total(p-o) for p,o in zip(ps, old))]
     def net(self, sizes, batch, adam):
         import numpy as np
         X,y,Ws,bs = data(sizes, batch)
@@ -307,7 +306,7 @@ class Numpy:
             else:
                 for p,g in zip(ps, gs): g *= .1; p -= g
             return loss
-        return step, self.moved(ps)
+        return step, lambda loss: [float(loss), *moved(ps, lambda: sum(data(sizes, batch)[2:], []))]
     def c(self): return self.net((784,100,10), 100, False)
     def d(self): return self.net((784,1024,1024,10), 128, True)
     def conv(self, X, K, b, GX=None):
@@ -348,7 +347,7 @@ class Numpy:
             np.copyto(G2, images(GH)); backward2(); backward1()
             for p,g in zip(ps[:4]+Ws+bs, gs1+gs2+gs): g *= .1; p -= g
             return loss
-        return step, self.moved(ps)
+        return step, lambda loss: [float(loss), *moved(ps, lambda: lenet_inputs()[2].values())]
     def t(self):
         import numpy as np
         x,ws = block_inputs()
@@ -452,7 +451,7 @@ def worker(name):
     for line in sys.stdin:
         work,kind = json.loads(line)
         try: answer(dict(time=timed, memory=memory, first=first)[kind](lib, work))
-        except Exception as e: answer(dict(problem=f'({work}) {libraries[name].title}: {type(e).__name__}: {e}'))
+        except Exception as e: answer(dict(problem=f'({work}) {name}: {type(e).__name__}: {e}'))
 
 class Missing(Exception): "A library that is not there, or cannot do something"
 
@@ -557,7 +556,7 @@ def main():
     ws,processes,problems = [w for w in works if w in args.works],{},[]
     for m in args.libs.split(',') if ws or 'e' in args.works else ():
         try: processes[m] = start(m, args.threads)
-        except Missing as e: problems.append(f'{libraries[m].title}: {e}')
+        except Missing as e: problems.append(f'{m}: {e}')
     if libs := list(processes):
         titles = [libraries[m].title for m in libs]
         header('work', titles + [f'{t} / torch' for t in titles if t!='torch' and 'torch' in libs])
@@ -568,7 +567,6 @@ def main():
     for work,letter,name in (('d','e','(e) peak memory of 50 steps of (d) (MiB)'),('g','g','(g) peak memory of the chain (MiB)')):
         if letter in args.works: row(name, ratios(among(lambda m: ask_alone(m, args.threads, work, 'memory'), libs, work, problems), libs))
     if args.more: print(); compile_times(libs, [w for w in ws if w!='g'], args.threads, min(3, args.rounds), problems)
-    if problems: print('\nNot measured:\n' + '\n'.join(problems))
     if 'f' in args.works:
         t = import_times(args.rounds)
         print(f"\n(f) import minima {t['minima']*1e3:.0f} ms, import numpy {t['numpy']*1e3:.0f} ms, ratio {t['minima']/t['numpy']:.2f}")
@@ -577,8 +575,9 @@ def main():
         header('work', ['NDArray, compiled', 'NumPy', 'NDArray / NumPy'])
         processes = {m:start(m, args.threads) for m in ('ndarray','arrays')}
         for work in (w for w in loops if w in args.works):
-            times = [*alternate(work, processes, args.rounds, problems).values()]
-            row(f'({work}) {loops[work][0]}', [*times, f'{times[0]/times[1]:.2f}'])
+            times = alternate(work, processes, args.rounds, problems)
+            row(f'({work}) {loops[work][0]}', [times.get('ndarray'), times.get('arrays'), f"{times['ndarray']/times['arrays']:.2f}" if len(times)==2 else None])
         stop(processes)
+    if problems: print('\nNot measured:\n' + '\n'.join(dict.fromkeys(problems)))
 
 if __name__=='__main__': main()

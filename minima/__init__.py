@@ -21,7 +21,7 @@ from .functional import checkpoint, elementwise_grad, grad, hessian, hvp, jacobi
 
 def __getattr__(name):
     "The compiler is imported when it is first asked for"
-    if name not in ('jit','program'): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from . import compile, lazy
-    globals().update(jit=compile.jit, program=lazy.program)
-    return globals()[name]
+    if name=='jit': from .compile import jit as value
+    elif name=='program': from .lazy import program as value
+    else: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return globals().setdefault(name, value)

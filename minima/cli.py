@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['models', 'train_options', 'predict_options', 'formats', 'suffixes', 'writable', 'mlp', 'lenet', 'resnet', 'CharRNN',
-           'gpt', 'recurrent', 'Recipe', 'Decay', 'Settings', 'next_loss', 'make_learner', 'read_text', 'Windows',
+           'gpt', 'recurrent', 'Recipe', 'Decay', 'Settings', 'mean_loss', 'make_learner', 'read_text', 'Windows',
            'image_data', 'text_data', 'between', 'settle', 'saved_run', 'result_files', 'train', 'load_run',
            'read_pixels', 'as_input', 'predict', 'check', 'make_parser', 'main']
 
@@ -18,7 +18,7 @@ from tempfile import TemporaryFile
 from textwrap import fill
 import numpy as np
 from .autograd import Tensor, no_grad
-from .data import CharTokenizer, Compose, DataLoader, ArrayDataset, Dataset, RandomCrop, RandomRotation, RandomSampler, Subset, _parse, _rows, find_mnist, mnist5k, shakespeare
+from .data import ArrayDataset, CharTokenizer, Compose, DataLoader, Dataset, RandomCrop, RandomRotation, RandomSampler, Subset, _parse, find_mnist, mnist5k, shakespeare
 from .device import set_num_threads
 from .init import as_generator, kaiming_normal
 from .io import atomic_write, load, load_model, need, save
@@ -52,27 +52,45 @@ def writable(
             with suppress(OSError): d.rmdir() # never made, or there is a file in it
 
 # %% ../nbs/39_cli.ipynb #c009
-def mlp(settings, g):
-    net = Sequential(Flatten(), Linear(math.prod(settings['shape']), settings['hidden'], False), ReLU(), Linear(settings['hidden'], 10, False))
+def mlp(
+    settings:dict, # `shape` of an image, `hidden` units
+    g,             # generator of the weights
+) -> Module:       # images (n, 1, h, w) to scores (n, 10), here and in the next two
+    "Two layers"
+    h,shape = settings['hidden'],settings['shape']
+    net = Sequential(Flatten(), Linear(math.prod(shape), h, False), ReLU(), Linear(h, 10, False))
     with no_grad():
         for p in net.parameters(): p[...] = kaiming_normal(*p.shape, nonlinearity='relu', generator=g)
     return net
 
-def lenet(settings, g):
+# %% ../nbs/39_cli.ipynb #c010
+def lenet(
+    settings:dict, # `shape` of an image
+    g,             # generator of the weights
+) -> Module:
+    "Two convolutions and three layers (LeCun et al., 1998, with relu and maxima)"
     h,w = ((n//2-4)//2 for n in settings['shape'])
     if min(h, w)<1: raise ValueError(f"lenet: images of {settings['shape']}, wanted 12 by 12 or more")
-    return Sequential(Lambda(lambda x: (x-.13)*(1/.31)), # mean and deviation of MNIST's pixels
+    return Sequential(
+        Lambda(lambda x: (x-.13)*(1/.31)), # mean and deviation of MNIST's pixels
         Conv2d(1, 6, 5, padding=2, generator=g), ReLU(), MaxPool2d(2),
-        Conv2d(6, 16, 5, generator=g), ReLU(), MaxPool2d(2),
-        Flatten(), Linear(16*h*w, 120, generator=g), ReLU(), Linear(120, 84, generator=g), ReLU(), Linear(84, 10, generator=g))
+        Conv2d(6, 16, 5, generator=g), ReLU(), MaxPool2d(2), Flatten(),
+        Linear(16*h*w, 120, generator=g), ReLU(),
+        Linear(120, 84, generator=g), ReLU(),
+        Linear(84, 10, generator=g))
 
-def resnet(settings, g):
+# %% ../nbs/39_cli.ipynb #c011
+def resnet(
+    settings:dict, # not looked at
+    g,             # generator of the weights
+) -> Module:
+    "Three residual blocks (He et al., 2016), each after a convolution that halves the image"
     def conv_norm(i, o, stride=1): return Conv2d(i, o, 3, stride, 1, bias=False, generator=g), BatchNorm2d(o)
     def block(c): return Residual(Sequential(*conv_norm(c, c), ReLU(), *conv_norm(c, c))), ReLU()
     layers = [m for i,o in ((1,8), (8,16), (16,32)) for m in (*conv_norm(i, o, 2), ReLU(), *block(o))]
     return Sequential(*layers, AdaptiveAvgPool2d(1), Flatten(), Linear(32, 10, generator=g))
 
-# %% ../nbs/39_cli.ipynb #c011
+# %% ../nbs/39_cli.ipynb #c013
 class CharRNN(Module):
     "Scores of the next character, for every place, from a recurrent network"
     def __init__(self,
@@ -84,11 +102,13 @@ class CharRNN(Module):
         self.wte = Embedding(vocab_size, hidden, generator=generator)
         self.rnn = kind(hidden, hidden, batch_first=True, generator=generator)
         self.lm_head = Linear(hidden, vocab_size, generator=generator)
-    def read(self, ids, state=None): # integers (n, t) → (n, t, vocab_size), and the state after them
+    def read(self, ids, state=None):
+        "Integers (n, t) → scores (n, t, vocab_size), and the state after them"
         y,state = self.rnn(self.wte(ids), state)
         return self.lm_head(y), state
     def forward(self, ids): return self.read(ids)[0]
-    def generate(self, ids, max_new_tokens, temperature=1., top_k=None, top_p=None, generator=None): # integers (t,) → (t+max_new_tokens,); as `GPT.generate`
+    def generate(self, ids, max_new_tokens, temperature=1., top_k=None, top_p=None, generator=None):
+        "Continue a text (t,), as `GPT.generate` does"
         ids,new,state,g = list(ids),ids,None,as_generator(generator)
         with no_grad():
             for _ in range(max_new_tokens):
@@ -97,13 +117,25 @@ class CharRNN(Module):
                 ids.append(int(new[0]))
         return np.array(ids)
 
-# %% ../nbs/39_cli.ipynb #c013
-def gpt(settings, g):
-    return GPT(GPTConfig(len(settings['chars']), settings['block'], 3, 4, settings['hidden'], positions='rotary'), generator=g)
-
-def recurrent(kind, settings, g): return CharRNN(kind, len(settings['chars']), settings['hidden'], g)
-
 # %% ../nbs/39_cli.ipynb #c015
+def gpt(
+    settings:dict, # `chars`, the alphabet; `block`, places it sees; `hidden`, numbers in a vector
+    g,             # generator of the weights
+) -> Module:       # integers (n, t) to scores (n, t, characters), here and in the next one
+    "Three blocks of attention"
+    shape = GPTConfig(len(settings['chars']), settings['block'], n_layer=3, n_head=4, n_embd=settings['hidden'], positions='rotary')
+    return GPT(shape, generator=g)
+
+# %% ../nbs/39_cli.ipynb #c016
+def recurrent(
+    kind,          # `RNN`, `GRU` or `LSTM`
+    settings:dict, # `chars`, the alphabet; `hidden`, numbers in the state
+    g,             # generator of the weights
+) -> Module:
+    "A `CharRNN`"
+    return CharRNN(kind, len(settings['chars']), settings['hidden'], g)
+
+# %% ../nbs/39_cli.ipynb #c018
 @dataclass(frozen=True)
 class Recipe:
     "A model, and what a run is like if no option says otherwise"
@@ -115,9 +147,10 @@ class Recipe:
     hidden:int=None  # units; `None`: the model has no choice there
     opt_func:object=AdamW
     decay:float=.8   # from the rate of an epoch to that of the next
-    augment:float=0. # pixels of shift, and a sixth of the degrees of rotation
+    augment:int=0    # pixels of shift, and a sixth of the degrees of rotation
     text:bool=False  # whether it reads a text; otherwise images
 
+# %% ../nbs/39_cli.ipynb #c019
 def _recurrent(kind): return Recipe(partial(recurrent, kind), f'{kind.__name__} on the letters of a text', 8, .01, 32, 128, text=True)
 
 models = dict(
@@ -127,10 +160,10 @@ models = dict(
     rnn    = _recurrent(RNN),
     gru    = _recurrent(GRU),
     lstm   = _recurrent(LSTM),
-    gpt    = Recipe(gpt,    'three blocks of attention on the letters of a text', 8, .003, 16, 128, text=True),
+    gpt    = Recipe(gpt,    'three blocks of attention on the letters of a text', 8, .002, 8, 128, decay=.75, text=True),
 )
 
-# %% ../nbs/39_cli.ipynb #c016
+# %% ../nbs/39_cli.ipynb #c020
 class Decay(Callback):
     "A rate that falls by the same factor in every epoch, batch by batch"
     def __init__(self,
@@ -141,15 +174,24 @@ class Decay(Callback):
         if not self.training: return
         for g in self.opt.param_groups: g['lr'] = self.rate*self.factor**(self.epoch + self.iter/self.n_iter)
 
+# %% ../nbs/39_cli.ipynb #c021
 class Settings(Callback):
     "What a checkpoint has to know of its run"
     saved = 'settings',
-    def __init__(self, settings): self.settings = settings
+    def __init__(self,
+        settings:dict, # numbers, strings, lists
+    ): self.settings = settings
     def load_state_dict(self, state): pass # it is the same run, perhaps with more epochs
 
-# %% ../nbs/39_cli.ipynb #c018
-def next_loss(z, y): return cross_entropy(z.reshape((-1,z.shape[-1])), y.reshape(-1)) # scores (…, k), class numbers (…)
+# %% ../nbs/39_cli.ipynb #c023
+def mean_loss(
+    z:Tensor, # scores (…, k)
+    y:Tensor, # class numbers (…)
+) -> Tensor:  # without axes
+    "Cross-entropy over all places, in nats"
+    return cross_entropy(z.reshape((-1,z.shape[-1])), y.reshape(-1))
 
+# %% ../nbs/39_cli.ipynb #c024
 def make_learner(
     settings:dict, # of the run
     dls=((),()),   # batches to train on and to test on
@@ -157,15 +199,19 @@ def make_learner(
 ) -> Learner:
     "Model, loss, optimiser and rates of a run"
     m = models[settings['model']]
-    return Learner(dls, m.build(settings, np.random.default_rng(settings['seed'])), next_loss, m.opt_func, settings['lr'],
-        metrics=Perplexity() if m.text else accuracy, cbs=[Decay(settings['lr'], m.decay), *([GradientClip()] if m.text else []), *cbs])
+    model = m.build(settings, np.random.default_rng(settings['seed']))
+    cbs = [Decay(settings['lr'], m.decay), *([GradientClip()] if m.text else []), *cbs]
+    return Learner(dls, model, mean_loss, m.opt_func, settings['lr'], metrics=Perplexity() if m.text else accuracy, cbs=cbs, jit='c' if settings.get('jit') else False) # not 'auto', so that a run gives the same bits again
 
-# %% ../nbs/39_cli.ipynb #c020
-def read_text(path):
+# %% ../nbs/39_cli.ipynb #c026
+def read_text(
+    path, # of a file in UTF-8
+) -> str:
+    "A text, or a `ValueError` if it is none"
     try: return Path(path).read_text('utf-8')
     except UnicodeDecodeError as e: raise ValueError(f'{path}: no text in UTF-8') from e
 
-# %% ../nbs/39_cli.ipynb #c021
+# %% ../nbs/39_cli.ipynb #c027
 class Windows(Dataset):
     "Pieces of a text, and the same pieces one place later"
     batched = True
@@ -176,31 +222,43 @@ class Windows(Dataset):
     def __len__(self): return len(self.windows)
     def __getitem__(self, i): return self.windows[i][...,:-1],self.windows[i][...,1:]
 
+# %% ../nbs/39_cli.ipynb #c028
+def _images(folder):
+    "Images (n, h, w) and class numbers, to train on and to test on"
+    if folder is None: return [(X.reshape(-1,28,28), y) for X,y in map(mnist5k, (True,False))]
+    files = find_mnist(folder)
+    return [(X/np.float32(255), y) for X,y in (_parse(*files[:2]), _parse(*files[2:]))]
+
 def image_data(
-    settings, # of the run, which learns the shape of the images
-): # loaders, and how many there are
-    files = settings['data'] and find_mnist(settings['data'])
-    raw = [_parse(*files[:2]),_parse(*files[2:])] if files else [(np.reshape(X, (-1,28,28)),y) for X,y in map(mnist5k, (True,False))]
-    (X,y),(Xt,yt) = raw
-    if not (len(X) and len(Xt) and X.shape[1:]==Xt.shape[1:] and X[0].size): raise ValueError(f'images of shape {X.shape} to train on and {Xt.shape} to test on, wanted (n, h, w) with one h and one w')
+    settings:dict, # of the run; the shape of the images is put in
+) -> tuple:        # two loaders, and in words how much there is
+    "Digits, or clothes, to train on and to test on"
+    (X,y),(Xt,yt) = _images(settings['data'])
     shape,m = X.shape[1:],models[settings['model']]
+    if not (len(X) and len(Xt) and shape==Xt.shape[1:] and X[0].size):
+        raise ValueError(f'images of shape {X.shape} to train on and {Xt.shape} to test on, wanted (n, h, w) with one h and one w')
     if settings.setdefault('shape', list(shape))!=list(shape): raise ValueError(f"images of {shape}, the run has {settings['shape']}")
-    train,test = (ArrayDataset((X if X.dtype==np.float32 else X/np.float32(255))[:,None], y.astype(np.int64)) for X,y in raw)
-    augment = m.augment and Compose([RandomRotation(6*m.augment), RandomCrop(shape, padding=int(m.augment))])
-    return (DataLoader(train, settings['batch'], shuffle=True, generator=settings['seed'], transform=augment or None), DataLoader(test, 500)), f'{len(X):,} images to train on, {len(Xt):,} held out'
+    augment = Compose([RandomRotation(6*m.augment), RandomCrop(shape, padding=m.augment)]) if m.augment else None
+    train,test = (ArrayDataset(x[:,None], t.astype(np.int64)) for x,t in ((X,y), (Xt,yt)))
+    dls = DataLoader(train, settings['batch'], shuffle=True, generator=settings['seed'], transform=augment), DataLoader(test, 500)
+    return dls, f'{len(X):,} images to train on, {len(Xt):,} held out'
 
+# %% ../nbs/39_cli.ipynb #c029
 def text_data(
-    settings, # of the run, which learns the alphabet
-): # loaders, and how many characters there are
-    text,block = shakespeare() if settings['data'] is None else read_text(settings['data']),settings['block']
-    if len(text)<10*(block+2): raise ValueError(f"{settings['data']}: {len(text)} characters, wanted {10*(block+2)} or more")
+    settings:dict, # of the run; the alphabet is put in
+) -> tuple:        # two loaders, and in words how much there is
+    "Windows of a text, from its first nine tenths and from the last"
+    name,block = settings['data'],settings['block']
+    text = shakespeare() if name is None else read_text(name)
+    if len(text)<10*(block+2): raise ValueError(f'{name}: {len(text)} characters, wanted {10*(block+2)} or more')
     ids = CharTokenizer(settings.setdefault('chars', ''.join(sorted(set(text))))).encode(text)
-    train,test = ids[:(cut := int(.9*len(ids)))],ids[cut:]
-    seen,held = Windows(train, block),Windows(test, block)
-    order = RandomSampler(seen, num_samples=len(train)//block, generator=settings['seed'])
-    return (DataLoader(seen, settings['batch'], sampler=order, generator=settings['seed']), DataLoader(Subset(held, range(0, len(held), block)), 64)), f'{len(train):,} characters to train on, {len(test):,} held out'
+    cut = int(.9*len(ids))
+    seen,held = Windows(ids[:cut], block),Windows(ids[cut:], block)
+    order = RandomSampler(seen, num_samples=cut//block, generator=settings['seed'])
+    dls = DataLoader(seen, settings['batch'], sampler=order, generator=settings['seed']), DataLoader(Subset(held, range(0, len(held), block)), 64)
+    return dls, f'{cut:,} characters to train on, {len(ids)-cut:,} held out'
 
-# %% ../nbs/39_cli.ipynb #c023
+# %% ../nbs/39_cli.ipynb #c031
 def between(
     kind:type, # `int` or `float`
     lo, hi,    # the smallest and the greatest that is accepted
@@ -221,6 +279,7 @@ train_options = dict( # name=(arguments of `add_argument`)
     batch  = dict(metavar='N',      type=between(int, 1, 10**9),     help='images, or pieces of text, in a step'),
     seed   = dict(metavar='N',      type=between(int, 0, 2**63-1),   help='of the initial weights and the order; the same seed gives the same result (default: 0)'),
     out    = dict(metavar='FOLDER', type=Path, help='folder for config.json, weights.npz, history.csv, loss.svg and checkpoint.npz, made if need be; older ones are replaced (default: runs/mnist, or runs/text)'),
+    jit    = dict(action='store_const', const=True, help='compile the step to a program in C, or where there is no compiler, of NumPy calls'),
     resume = dict(action='store_true', help='go on from the checkpoint in the folder, with the options of that run; --epochs may be greater'),
 )
 
@@ -231,32 +290,35 @@ predict_options = dict(
     seed        = dict(metavar='N',   type=between(int, 0, 2**63-1), default=0,   help='of what is written after a text (default: %(default)s)'),
 )
 
-# %% ../nbs/39_cli.ipynb #c025
+# %% ../nbs/39_cli.ipynb #c033
 def settle(
     args,       # from the parser
     saved=None, # settings of the run that goes on
 ) -> dict: # what can be written as JSON
     "The settings of a run"
-    given = {k: v for k in ('model','data','hidden','epochs','lr','batch','seed') if (v := getattr(args, k)) is not None}
+    given = {k: v for k in ('model','data','hidden','epochs','lr','batch','seed','jit') if (v := getattr(args, k)) is not None}
     if saved is not None:
         for k,v in given.items():
-            if k!='epochs' and v!=saved[k]: args.parser.error(f'--{k}: {v}, the run in {args.out} has {saved[k]}')
+            if k!='epochs' and v!=saved.get(k): args.parser.error(f'--{k}: {v}, the run in {args.out} has {saved.get(k)}')
         return saved | given
     m = models[name := given.get('model', 'mlp')]
     if 'hidden' in given and m.hidden is None: args.parser.error(f'--hidden: {name} has no choice there')
     block = {'block': 64} if m.text else {}
     return dict(model=name, data=None, hidden=m.hidden, epochs=m.epochs, lr=m.lr, batch=m.batch, seed=0) | block | given
 
-# %% ../nbs/39_cli.ipynb #c027
+# %% ../nbs/39_cli.ipynb #c035
 def saved_run(
     path, # of a checkpoint
 ): # settings, and epochs that are done
     "What a checkpoint says of its run"
     state = load(path)
-    try: settings,(epochs,batches) = state['callbacks']['Settings']['settings'],state['position']
+    try:
+        settings,(epochs,batches) = state['callbacks']['Settings']['settings'],state['position']
+        models[settings['model']]
     except (KeyError,TypeError,ValueError) as e: raise ValueError(f'{path}: no checkpoint of minima train') from e
     return settings, epochs+(batches>0)
 
+# %% ../nbs/39_cli.ipynb #c036
 def result_files(
     learn,         # at the end of a run
     settings:dict, # of the run
@@ -270,24 +332,28 @@ def result_files(
             out/'history.csv': ''.join(','.join(map(str, r))+'\n' for r in (names,*rows)).encode(),
             out/'loss.svg': str(learn.recorder.plot_loss()).encode()}
 
+# %% ../nbs/39_cli.ipynb #c037
 def train(
     args, # with the names in `train_options`, and `parser`, which is told of wrong ones
 ):
     "Train a model, and write settings, weights, history and loss curve"
     if args.out is None: args.out = Path('runs/text' if models[args.model or 'mlp'].text else 'runs/mnist')
-    checkpoint = args.out/'checkpoint.npz'
+    checkpoint,wrong = args.out/'checkpoint.npz',args.parser.error
     try: saved,done = saved_run(checkpoint) if args.resume else (None,0)
-    except FileNotFoundError: args.parser.error(f'--resume: there is no checkpoint in {args.out}')
-    except (OSError,ValueError) as e: args.parser.error(f'--resume: {e}')
+    except FileNotFoundError: wrong(f'--resume: there is no checkpoint in {args.out}')
+    except (OSError,ValueError) as e: wrong(f'--resume: {e}')
     settings = settle(args, saved)
-    if settings['epochs']<done: args.parser.error(f"--epochs: {settings['epochs']}, the run in {args.out} has come to {done}")
-    try: dls,told = (text_data if models[settings['model']].text else image_data)(settings)
-    except (OSError,ValueError) as e: args.parser.error(f'--data: {e}')
+    if settings['epochs']<done: wrong(f"--epochs: {settings['epochs']}, the run in {args.out} has come to {done}")
+    name,text = settings['model'],models[settings['model']].text
+    try: dls,told = (text_data if text else image_data)(settings)
+    except (OSError,ValueError) as e: wrong(f'--data: {e}')
     set_num_threads(1) # of BLAS: the products are small, and another number of threads gives other bits
-    try: learn = make_learner(settings, dls, [TerminateOnNaNCallback(), Settings(settings), CheckpointCallback(checkpoint, 1000, args.resume)])
-    except ValueError as e: args.parser.error(f'--model, --hidden: {e}')
+    cbs = [TerminateOnNaNCallback(), Settings(settings), CheckpointCallback(checkpoint, 1000, args.resume)]
+    try: learn = make_learner(settings, dls, cbs)
+    except ValueError as e: wrong(f'--model, --hidden: {e}')
     with writable(args.out, ['config.json','weights.npz','history.csv','loss.svg','checkpoint.npz']):
-        print(f"{settings['data'] or ('Hamlet' if models[settings['model']].text else 'mnist5k')}: {told}; {settings['model']}, {sum(p.size for p in learn.model.parameters()):,} weights", flush=True)
+        size,source = sum(p.size for p in learn.model.parameters()),settings['data'] or ('Hamlet' if text else 'mnist5k')
+        print(f'{source}: {told}; {name}, {size:,} weights', flush=True)
         if not args.resume: checkpoint.unlink(missing_ok=True)
         try:
             with np.errstate(all='ignore'): learn.fit(settings['epochs']) # what matters is told below, in words
@@ -295,10 +361,10 @@ def train(
         files = result_files(learn, settings, args.out)
         atomic_write(files)
     score,seconds = learn.recorder.values[-1][3],sum(r[-1] for r in learn.recorder.values)
-    print((f'{math.log2(score):.3f} bits for a character of the test' if models[settings['model']].text else f'test accuracy {score:.2%}') + f', {seconds:.1f} s')
-    print('wrote', *files, checkpoint)
+    print(f'{math.log2(score):.3f} bits for a character of the test' if text else f'test accuracy {score:.2%}', f'{seconds:.1f} s', sep=', ')
+    print('wrote', ', '.join(f.name for f in (*files, checkpoint)), 'to', args.out)
 
-# %% ../nbs/39_cli.ipynb #c029
+# %% ../nbs/39_cli.ipynb #c039
 def load_run(
     folder:Path, # where `minima train` has put its results
 ): # settings, and a `Learner` with the weights
@@ -312,7 +378,7 @@ def load_run(
     except RuntimeError as e: raise ValueError(f'{folder}/weights.npz: the weights of another model than config.json says') from e
     return settings,learn
 
-# %% ../nbs/39_cli.ipynb #c031
+# %% ../nbs/39_cli.ipynb #c041
 formats = 'PNG','JPEG','PPM','BMP','GIF','TIFF','WEBP' # PPM: PGM and PBM as well
 suffixes = '.npy .png .jpg .jpeg .ppm .pgm .pbm .bmp .gif .tif .tiff .webp'.split()
 
@@ -328,6 +394,7 @@ def read_pixels(
         grey,alpha = np.moveaxis(np.asarray(im.convert('LA'), np.float32)/255, -1, 0)
         return grey*alpha + (1-alpha)
 
+# %% ../nbs/39_cli.ipynb #c042
 def as_input(
     a,     # greys (h, w): numbers from 0 to 1, or integers up to 255 or 65,535
     shape, # of the result
@@ -346,7 +413,7 @@ def as_input(
     a = np.pad(a, [(n//2, n-n//2) for n in short], constant_values=np.median(border))
     with no_grad(): return adaptive_avg_pool2d(Tensor.make_const(a[None,None]), shape).numpy()[0,0]
 
-# %% ../nbs/39_cli.ipynb #c033
+# %% ../nbs/39_cli.ipynb #c044
 def predict(
     args, # `files`, the names in `predict_options`, and `parser`, which is told of wrong ones
 ):
@@ -355,24 +422,25 @@ def predict(
     try: settings,learn = load_run(run)
     except (OSError,ValueError) as e: args.parser.error(f'--run: {e}')
     text,xs = models[settings['model']].text,[]
-    for f in args.files:
-        try:
-            xs.append(CharTokenizer(settings['chars']).encode(read_text(f)) if text else as_input(read_pixels(f), settings['shape']))
-            if not len(xs[-1]): raise ValueError('an empty file, wanted a text to go on with')
+    letters = CharTokenizer(settings['chars']) if text else None
+    for f in args.files: # all of them are read before one is answered
+        try: xs.append(letters.encode(read_text(f)) if text else as_input(read_pixels(f), settings['shape']))
         except ImportError: raise
         except Exception as e: # whatever a torn picture makes of Pillow
             told = str(getattr(e, 'strerror', None) or e or type(e).__name__).removeprefix(f'{f}: ')
             args.parser.error(f"{f}: {told}; the model in {run} reads {'texts' if text else 'images'}")
+        if not len(xs[-1]): args.parser.error(f'{f}: an empty file, wanted a text to go on with')
     set_num_threads(1)
     if text:
         for f,x in zip(args.files, xs):
-            new = learn.model.generate(x, args.characters, args.temperature, generator=args.seed)[len(x):]
-            print(*[f'==> {f} <==\n'][:len(xs)-1], CharTokenizer(settings['chars']).decode(new), sep='')
+            if len(xs)>1: print(f'==> {f} <==')
+            ids = learn.model.generate(x, args.characters, args.temperature, generator=args.seed)
+            print(letters.decode(ids[len(x):]))
     else:
         for f,p in zip(args.files, learn.predict(np.stack(xs)[:,None]).softmax().numpy()):
             print(f'{f}: '+', '.join(f'{k} ({p[k]:.1%})' for k in np.argsort(-p)[:3]))
 
-# %% ../nbs/39_cli.ipynb #c035
+# %% ../nbs/39_cli.ipynb #c046
 def check(
     args, # not looked at
 ):
@@ -386,12 +454,13 @@ def check(
     print(f'{n} operators, {n-bad} passed, {bad} failed')
     if bad: raise SystemExit(1)
 
-# %% ../nbs/39_cli.ipynb #c037
+# %% ../nbs/39_cli.ipynb #c048
 def _listed_models():
     "A line for each, with what is used if no option says otherwise"
-    def line(name, *words): return f'  {name:<8}' + ''.join(f'{w:>{n}}' for w,n in zip(words, (8,7,6,7))) + f'   {words[-1]}'
+    def line(name, *words): return (f'  {name:<8}' + ''.join(f'{w:>{n}}' for w,n in zip(words, (8,7,6,7))) + f'   {words[-1]}').rstrip()
     return '\n'.join(['models:', line('', 'hidden', 'epochs', 'lr', 'batch', ''), *(line(n, m.hidden or '', m.epochs, m.lr, m.batch, m.meaning) for n,m in models.items())])
 
+# %% ../nbs/39_cli.ipynb #c049
 def make_parser() -> argparse.ArgumentParser:
     "The commands and their options"
     raw = argparse.RawDescriptionHelpFormatter
@@ -415,7 +484,7 @@ def make_parser() -> argparse.ArgumentParser:
     command(check, {}, 'check every operator beside finite differences', 'Compare first and second derivatives of every operator with finite differences; torch is not needed.', ['minima check'])
     return p
 
-# %% ../nbs/39_cli.ipynb #c038
+# %% ../nbs/39_cli.ipynb #c050
 def main(
     argv:list=None, # words after `minima`; those that the process was given if `None`
 ):
@@ -424,12 +493,14 @@ def main(
     try:
         args.run_command(args)
         sys.stdout.flush()
-    except KeyboardInterrupt: args.parser.exit(130, f'\n{args.parser.prog}: interrupted; no file is half-written' + ('; --resume goes on from the last checkpoint\n' if args.run_command is train and (args.out/'checkpoint.npz').exists() else '\n'))
+    except KeyboardInterrupt:
+        more = args.run_command is train and (args.out/'checkpoint.npz').exists()
+        args.parser.exit(130, f'\n{args.parser.prog}: interrupted; no file is half-written' + '; --resume goes on from the last checkpoint'*more + '\n')
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # what is still in the buffer is flushed at exit, and would fail again
         raise SystemExit(141) from None # 128 + signal 13
     except (OSError,MemoryError,ImportError,FloatingPointError) as e: args.parser.exit(1, f'{args.parser.prog}: error: {e or "not enough memory"}\n')
 
-# %% ../nbs/39_cli.ipynb #c039
+# %% ../nbs/39_cli.ipynb #c051
 #| eval: false
 if __name__=='__main__': main()

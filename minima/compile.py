@@ -1141,6 +1141,7 @@ def build(
 class Compiled:
     "A program that can be run"
     builder = None # thread that makes a better one
+    before = None  # program for arguments of the same kind, when something else was different
     def __init__(self,
         plan:Plan,
     ):
@@ -1309,8 +1310,8 @@ class Jit:
         if len({id(a) for a in flat})<len(flat): key += tuple(next(k for k,b in enumerate(flat) if b is a) for a in flat) # one thing in two places
         try: e = self.programs.get(key)
         except TypeError: raise TypeError(f'jit: arguments that are no tensors and no arrays have to be hashable, got {[type(a).__name__ for a in flat if a.__hash__ is None]}') from None
-        if e is None or not e.current(flat): e = self.compile(key, args, kwargs)
-        return e(flat)
+        while e is not None and not e.current(flat): e = e.before
+        return (self.compile(key, args, kwargs) if e is None else e)(flat)
 
 def _kind(a):
     "What a program depends on of an argument"
@@ -1337,7 +1338,8 @@ def compile(self:Jit, key, args, kwargs):
     if e is None:
         e = InNumpy(plan_for(p, 'numpy', self.fast), threads)
         if code: e.builder = threading.Thread(target=self.build, args=(key, e, code), daemon=True)
-    self.programs.pop(key, None)
+    e.before = self.programs.pop(key, None)
+    if e.before: e.before.before = None # two are enough for what goes to and fro
     while len(self.programs)>=self.cache_size: del self.programs[next(iter(self.programs))]
     self.programs[key] = e
     if e.builder: e.builder.start()
@@ -1349,7 +1351,9 @@ def build(self:Jit, key, old, code):
     "In the background: the program in C takes the place of the one in Python"
     try: new = InC(code, self.fast)
     except Exception as problem: return _no_c(problem)
-    if self.programs.get(key) is old: self.programs[key] = new
+    new.before,e = old.before,self.programs.get(key)
+    if e is old: self.programs[key] = new
+    elif e and e.before is old: e.before = new
 
 @patch
 def wait(self:Jit):

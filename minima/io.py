@@ -456,7 +456,7 @@ def _kind(g, op, v, x):
 onnx_rules = { # from the name of an operator's class to a function of the graph, the fields, the tensor and the names of its inputs
     **{k:_zip(k[5:]) for k in ('EWiseAdd','EWiseSub','EWiseMul','EWiseDiv','EWisePow')}, 'Maximum':_zip('Max'), 'Minimum':_zip('Min'), 'MatMul':_zip('MatMul'),
     'AddScalar':_with_scalar('Add'), 'MulScalar':_with_scalar('Mul'), 'DivScalar':_with_scalar('Div'), 'RSubScalar':_with_scalar('Sub', True), 'PowerScalar':_with_scalar('Pow'),
-    **{k:_map(k) for k in ('Exp','Log','Sqrt','Sign','Sin','Cos','Tan','Sinh','Cosh','Tanh','Abs','Sigmoid','Erf')}, 'Negate':_map('Neg'), 'ReLU':_map('Relu'), 'Rsqrt':_map('Sqrt','Reciprocal'),
+    **{k:_map(k) for k in ('Exp','Log','Sqrt','Sign','Sin','Cos','Tan','Sinh','Cosh','Tanh','Abs','Sigmoid','Erf')}, 'Negate':_map('Neg'), '_Within':_map('Identity'), 'ReLU':_map('Relu'), 'Rsqrt':_map('Sqrt','Reciprocal'),
     **{'Arc'+k:_map('A'+k) for k in ('sin','cos','tan','sinh','cosh','tanh')}, 'Log2':_times('Log', 1/math.log(2)), 'Log10':_times('Log', 1/math.log(10)),
     'Exp2':  lambda g, op, v, x: g('Pow', g.constant(2, v.dtype), x),
     'Expm1': lambda g, op, v, x: g('Sub', g('Exp', x), g.constant(1, v.dtype)),

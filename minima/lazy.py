@@ -26,11 +26,11 @@ from .autograd import TRACE, Tensor, TensorTuple, Value, mode, note_write, run_o
 from .device import Device, Meta, add_device
 from .draw import draw_graph
 
-# %% ../nbs/21_lazy.ipynb #c008
+# %% ../nbs/21_lazy.ipynb #c009
 class TraceError(RuntimeError):
     "Something was asked of a traced value that a program cannot know"
 
-# %% ../nbs/21_lazy.ipynb #c009
+# %% ../nbs/21_lazy.ipynb #c010
 class Node:
     "A line of a program: what is done to which other lines"
     __slots__ = ('op', 'args', 'attrs', 'shape', 'dtype', 'note', 'size', '_view')
@@ -51,7 +51,7 @@ sources = 'input','scalar','const','iota'
 views = 'reshape','permute','broadcast','slice','windows'
 reductions = 'sum','prod','max','min','any','all'
 
-# %% ../nbs/21_lazy.ipynb #c012
+# %% ../nbs/21_lazy.ipynb #c013
 def row_major(
     shape:tuple,
 ) -> tuple: # strides in elements
@@ -72,7 +72,7 @@ def runs(
         else: out.append((n, s))
     return tuple(out)
 
-# %% ../nbs/21_lazy.ipynb #c013
+# %% ../nbs/21_lazy.ipynb #c014
 class View:
     "Which numbers of a line's array, and in which order: a stride for each axis"
     __slots__ = ('node', 'shape', 'strides', 'offset', 'runs')
@@ -117,7 +117,7 @@ def view(
         n._view = v or View(n, n.shape, row_major(n.shape))
     return n._view
 
-# %% ../nbs/21_lazy.ipynb #c017
+# %% ../nbs/21_lazy.ipynb #c018
 class Trace:
     "What is being written down: lines, and the arrays outside that they read and write"
     def __init__(self):
@@ -155,7 +155,7 @@ class Trace:
         if part.shape==whole.shape and all(d==1 for _,d in spans): return part
         return self.node('put', (whole, part), spans, whole.shape, whole.dtype)
 
-# %% ../nbs/21_lazy.ipynb #c019
+# %% ../nbs/21_lazy.ipynb #c020
 class TraceArray:
     "An array without numbers: a shape, a dtype, and the line that will compute it"
     __slots__ = ('trace', '_node', 'base', 'read', 'write', 'seen', 'real', '__weakref__')
@@ -194,7 +194,7 @@ class TraceArray:
     def copy(self): return TraceArray(self.trace, self.node)
     def sum(self, axis=None, keepdims=False): return traced.sum(self, axis, keepdims)
 
-# %% ../nbs/21_lazy.ipynb #c020
+# %% ../nbs/21_lazy.ipynb #c021
 @patch
 def __array_ufunc__(self:TraceArray, ufunc, method, *inputs, out=None, casting='same_kind', **kwargs):
     "NumPy's functions of a number, and of two, on traced arrays"
@@ -219,7 +219,7 @@ def __getitem__(self:TraceArray, index):
 @patch
 def __setitem__(self:TraceArray, index, y): _write(self[index], traced.asarray(y, dtype=self.dtype))
 
-# %% ../nbs/21_lazy.ipynb #c021
+# %% ../nbs/21_lazy.ipynb #c022
 def _asked(what):
     def f(self, *args, **kwargs):
         raise TraceError(f'jit: {what} of a value that is known only when the program runs, at {user_line()}\n'
@@ -229,7 +229,7 @@ def _asked(what):
 for _name,_what in dict(__array__='the numbers', __bool__='the truth', __float__='the number', __int__='the number', __index__='the number', item='the number', tolist='the numbers', __reduce_ex__='the numbers').items():
     setattr(TraceArray, _name, _asked(_what))
 
-# %% ../nbs/21_lazy.ipynb #c022
+# %% ../nbs/21_lazy.ipynb #c023
 def _node(t, a, beside):
     "The line of anything that stands in an expression; a number of Python takes the dtype that it has beside others"
     if isinstance(a, TraceArray): return a.node
@@ -265,7 +265,7 @@ def _broadcast(t, n, shape):
 def _reshape(t, n, shape): return n if n.shape==shape else t.node('reshape', (n,), None, shape, n.dtype)
 def _slice(t, n, spans, sizes): return n if all(s==(0,1) for s in spans) and sizes==n.shape else t.node('slice', (n,), spans, sizes, n.dtype)
 
-# %% ../nbs/21_lazy.ipynb #c023
+# %% ../nbs/21_lazy.ipynb #c024
 def _spans(index, shape):
     "(start, step) of each axis, for an index of slices, integers, `None` and `...`; the sizes, and the shape that it gives"
     parts = index if isinstance(index, tuple) else (index,)
@@ -288,7 +288,7 @@ def _spans(index, shape):
         spans.append((start,step)); sizes.append(n)
     return tuple(spans),tuple(sizes),tuple(new)
 
-# %% ../nbs/21_lazy.ipynb #c025
+# %% ../nbs/21_lazy.ipynb #c026
 class _TracedSpace:
     "The namespace of traced arrays, in names of the array API standard"
     __name__ = 'traced'
@@ -416,7 +416,7 @@ def _wide(dtype): return np.int64 if dtype.kind in 'bi' and dtype.itemsize<8 els
 traced = _TracedSpace()
 add_device(Device('traced', traced), TraceArray)
 
-# %% ../nbs/21_lazy.ipynb #c026
+# %% ../nbs/21_lazy.ipynb #c027
 def _operators(f):
     "`a + b`, `b + a` and `a += b`"
     def known(b): return isinstance(b, (TraceArray,np.ndarray,np.generic,int,float))
@@ -435,7 +435,7 @@ TraceArray.__matmul__  = lambda a, b: traced.matmul(a, b)
 TraceArray.__rmatmul__ = lambda a, b: traced.matmul(b, a)
 TraceArray.__hash__ = object.__hash__
 
-# %% ../nbs/21_lazy.ipynb #c029
+# %% ../nbs/21_lazy.ipynb #c030
 lowered = {} # name of an operator whose `compute` knows NumPy only -> the same in lines: a function of it and traced arrays
 at_once = {} # the same, where lines are better in Python too
 
@@ -470,7 +470,7 @@ def call(self:Trace, op, inputs, arrays):
     def line(k, m): return TraceArray(self, self.node('call', nodes, (op, once, k), tuple(m.shape), np.dtype(m.dtype)))
     return tuple(line(k, p) for k,p in enumerate(m)) if isinstance(m, tuple) else line(None, m)
 
-# %% ../nbs/21_lazy.ipynb #c031
+# %% ../nbs/21_lazy.ipynb #c032
 @patch
 def scalar(self:Trace,
     f,                # a function without arguments, called before each run
@@ -488,7 +488,7 @@ def watch(self:Trace,
     self.watched.append((f, value := f()))
     return value
 
-# %% ../nbs/21_lazy.ipynb #c032
+# %% ../nbs/21_lazy.ipynb #c033
 @patch
 def array(self:Trace,
     a:np.ndarray, # not copied
@@ -549,7 +549,7 @@ def rebind(self:Trace, v, a):
     if self.inside(v): v.cached_data = a
     elif a is not mine: self.bound[id(v)] = v,a
 
-# %% ../nbs/21_lazy.ipynb #c034
+# %% ../nbs/21_lazy.ipynb #c035
 _grad,_init,_const,_realize = Value.__dict__['grad'],Tensor.__init__,Value.__dict__['make_const'],Value.realize_cached_data
 _alone = RLock() # one thread at a time, since a trace changes classes
 
@@ -585,7 +585,7 @@ def _recording(t):
             mode.level,mode.trace = level,None
             Value.grad,Value.make_const,Tensor.__init__,Value.realize_cached_data = _grad,_const,_init,_realize
 
-# %% ../nbs/21_lazy.ipynb #c035
+# %% ../nbs/21_lazy.ipynb #c036
 @patch
 def argument(self:Trace, k, a):
     "What stands for argument `k` of the function"
@@ -602,7 +602,7 @@ def gradient(self:Trace, v, g):
     "What stands for the gradient that `v` had before"
     return Tensor.make_const(TraceArray(self, self.input('grad', self.numbers.get(id(v), v), g.shape, g.dtype)), g.needs)
 
-# %% ../nbs/21_lazy.ipynb #c037
+# %% ../nbs/21_lazy.ipynb #c038
 def topological(
     ends:list, # of `Node`
 ) -> list:
@@ -617,7 +617,7 @@ def topological(
             stack.extend((a,False) for a in reversed(n.args))
     return order
 
-# %% ../nbs/21_lazy.ipynb #c038
+# %% ../nbs/21_lazy.ipynb #c039
 @dataclass
 class Program:
     "What a function did: lines, what goes in, and what comes out"
@@ -645,7 +645,7 @@ class Program:
             return TensorTuple.make_const(tuple(next(new) for _ in range(m[1]))) if m[0]=='tuple' else flat[m[1]] if m[0]=='argument' else m[1]
         return rebuild(self.result, map(make, self.makers))
 
-# %% ../nbs/21_lazy.ipynb #c039
+# %% ../nbs/21_lazy.ipynb #c040
 def flatten(
     tree, # nested lists, tuples and dicts
     out,  # list that the leaves are appended to
@@ -665,7 +665,7 @@ def rebuild(
     items = [rebuild(t, leaves) for t in tree]
     return type(tree)(*items) if hasattr(tree, '_fields') else type(tree)(items)
 
-# %% ../nbs/21_lazy.ipynb #c040
+# %% ../nbs/21_lazy.ipynb #c041
 def trace(
     f,         # a function of tensors and arrays, and of what else you like
     args=(),   # its arguments; arrays may be in nested lists, tuples and dicts
@@ -757,7 +757,7 @@ def _returned(t, result):
         else: makers.append(('same', o))
     return rebuild(result, repeat(None)),makers,outputs
 
-# %% ../nbs/21_lazy.ipynb #c041
+# %% ../nbs/21_lazy.ipynb #c042
 @patch(as_prop=True)
 def lines(self:Program)->list:
     "What is needed, in order, without constants"
@@ -782,7 +782,7 @@ def __str__(self:Program):
     return '\n'.join(text)
 Program.__repr__ = Program.__str__
 
-# %% ../nbs/21_lazy.ipynb #c042
+# %% ../nbs/21_lazy.ipynb #c043
 @patch
 def draw(self:Program, **kwargs):
     "The lines as a graph; constants are written where they are used"
@@ -799,7 +799,7 @@ def draw(self:Program, **kwargs):
     ends = [boxes[k] for k in dict.fromkeys(map(id, self.ends))]
     return draw_graph(ends[0] if len(ends)==1 else box('return', ends), **kwargs)
 
-# %% ../nbs/21_lazy.ipynb #c043
+# %% ../nbs/21_lazy.ipynb #c044
 def program(
     f,        # function, or what `jit` made of it
     *args,    # its arguments
@@ -808,7 +808,7 @@ def program(
     "What a function does, line by line"
     return trace(getattr(f, '__wrapped__', f), args, kwargs)
 
-# %% ../nbs/21_lazy.ipynb #c058
+# %% ../nbs/21_lazy.ipynb #c059
 rules,fast_rules = {},{} # name of a line -> functions of the trace and a line that give a better one, or `None`
 
 def rule(
@@ -820,7 +820,7 @@ def rule(
         return f
     return add
 
-# %% ../nbs/21_lazy.ipynb #c059
+# %% ../nbs/21_lazy.ipynb #c060
 class _Pattern:
     "An operator of patterns; without arguments a letter, which stands for any line"
     def __init__(self, op, *args): self.op,self.args = op,args
@@ -857,7 +857,7 @@ for _text in ('-(-x) → x', 'x*1 → x', '1*x → x', 'x/1 → x', 'x - 0 → x
               'exp(log(x)) → where(x < 0, nan, x)'): formula(_text)
 formula('log(exp(x)) → x', fast_rules)
 
-# %% ../nbs/21_lazy.ipynb #c061
+# %% ../nbs/21_lazy.ipynb #c062
 @rule('*')
 def _(t, n):
     "what is done to constants is done once"
@@ -876,7 +876,7 @@ def _(t, n):
     if n.args and not n.size: return t.const(0, n.dtype, n.shape)
     if n.op in reductions and not n.args[0].size: return t.const(n.op in ('prod','all'), n.dtype, n.shape)
 
-# %% ../nbs/21_lazy.ipynb #c062
+# %% ../nbs/21_lazy.ipynb #c063
 @rule('reshape')
 def _(t, n):
     "reshape(reshape(x)) → reshape(x)"
@@ -894,7 +894,7 @@ def _(t, n):
         return x.args[0] if axes==tuple(range(len(axes))) else t.node('permute', x.args, axes, n.shape, n.dtype)
     if [i for i in n.attrs if x.shape[i]!=1]==[i for i in range(x.ndim) if x.shape[i]!=1]: return t.node('reshape', (x,), None, n.shape, n.dtype)
 
-# %% ../nbs/21_lazy.ipynb #c064
+# %% ../nbs/21_lazy.ipynb #c065
 @rule('sum')
 def _(t, n):
     "a sum of products over the batch → one product that adds up"
@@ -908,7 +908,7 @@ def _(t, n):
     if b.op!='const' or n.attrs or n.shape[-1]!=1: return None
     return traced.sum(TraceArray(t, a)*n.dtype.type(b.number), -1, keepdims=True).node
 
-# %% ../nbs/21_lazy.ipynb #c066
+# %% ../nbs/21_lazy.ipynb #c067
 @rule('add')
 def _(t, n):
     "zeros with a part here + zeros with a part there → zeros with both parts"
@@ -926,7 +926,7 @@ def _apart(a, b):
     def places(n): return [range(i, i+d*m, d) for (i,d),m in zip(n.attrs, n.args[1].shape)]
     return any(r and s and (max(r)<min(s) or max(s)<min(r)) for r,s in zip(places(a), places(b)))
 
-# %% ../nbs/21_lazy.ipynb #c068
+# %% ../nbs/21_lazy.ipynb #c069
 @rule('reshape')
 def _(t, n):
     "a reshape that strides cannot say → of a copy"
@@ -946,7 +946,7 @@ def _for_blas(v):
     (m,n),(s,t) = v.shape[-2:],v.strides[-2:]
     return not product(v.shape) or (v.node.op=='input' or v.node.op not in sources) and ((t==1 or n==1) and (s>=n or m==1) or (s==1 or m==1) and (t>=m or n==1))
 
-# %% ../nbs/21_lazy.ipynb #c070
+# %% ../nbs/21_lazy.ipynb #c071
 def rewrite(
     t:Trace,    # where new lines are written
     ends:list,  # of `Node`, whose numbers are wanted
@@ -971,7 +971,7 @@ def rewrite(
             if count==before: return ends,used
     finally: mode.trace,t.note = outer,None
 
-# %% ../nbs/21_lazy.ipynb #c071
+# %% ../nbs/21_lazy.ipynb #c072
 @patch
 def rewritten(self:Program, *rulesets)->Program:
     "The same program by fewer and cheaper lines"
@@ -979,7 +979,7 @@ def rewritten(self:Program, *rulesets)->Program:
     new = iter(ends)
     return replace(self, outputs=[next(new) for _ in self.outputs], grads=[(v, n and next(new)) for v,n in self.grads], writes=[(k, next(new)) for k,_ in self.writes], used=used)
 
-# %% ../nbs/21_lazy.ipynb #c086
+# %% ../nbs/21_lazy.ipynb #c087
 lowering = {} # rules that put lines in the place of a call of `compute`
 
 def lower(
@@ -1006,7 +1006,7 @@ def _sums(t, n):
     if a.shape[-2]==1 and view(b.node).strides[-1]==1: return traced.sum(traced.swapaxes(a, -1, -2)*b, -2, True).node
 lowering['matmul'] = [_sums]
 
-# %% ../nbs/21_lazy.ipynb #c087
+# %% ../nbs/21_lazy.ipynb #c088
 def _new(x, op, attrs, shape): return TraceArray(x.trace, x.trace.node(op, (x.node,), attrs, shape, x.dtype))
 
 def _padded(x, padding, value=0):
@@ -1054,7 +1054,7 @@ def _(op, y, w):
     z = _new(m.reshape(n, c, *win.kernel, *y.shape[2:]), 'fold', (win.stride, win.dilation), (n, c, *win.wide(op.size)))
     return z[(..., *(slice(p, p+s) for s,p in zip(op.size, win.padding)))]
 
-# %% ../nbs/21_lazy.ipynb #c088
+# %% ../nbs/21_lazy.ipynb #c089
 def _places(w, x, count):
     "For each element of a window, its numbers in all windows"
     return [x[(..., *(slice(i*d, i*d+t*(m-1)+1, t) for i,d,t,m in zip(e, w.dilation, w.stride, count)))] for e in np.ndindex(*w.kernel)]

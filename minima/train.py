@@ -84,6 +84,7 @@ class Callback:
     "A part of training: its methods are called at the events they are named after"
     order = 0       # who is called first: the smallest; of equals, who came first
     saved = ()      # names of attributes that a checkpoint keeps; there from the beginning
+    inside = ()     # names of events that use tensors only, so that they can be part of a compiled step
     watching = False # whether `lr_find` does without it, as it only looks on, or sets rates of its own
     learn = None
     def __getattr__(self, name):
@@ -111,9 +112,10 @@ class Learner:
         *,
         opt=None,        # an optimiser that is there already, instead of `opt_func` and `lr`
         n_inp:int=1,     # how many parts of a batch are inputs; the others are targets
+        jit=False,       # run each step as one program: `True`, or the back-end of `jit`, 'numpy' or 'c'
     ):
         self.train_dl,self.valid_dl = _pair(dls)
-        self.model,self.loss_func,self.n_inp = model,loss_func,n_inp
+        self.model,self.loss_func,self.n_inp,self.jit = model,loss_func,n_inp,jit
         self.opt = opt_func(list(model.parameters()), lr=lr) if opt is None else opt
         self.lrs = [g['lr'] for g in self.opt.param_groups]
         self.metrics = [m if isinstance(m, Metric) else AvgMetric(m) for m in _listed(metrics)]
@@ -134,8 +136,9 @@ class Learner:
             self.pred = self.model(*xb);                self('after_pred')
             self.loss = self.loss_func(self.pred, *yb); self('after_loss')
     def _one_batch(self):
-        if not self.training: return self.evaluate(self.xb, self.yb)
-        try: self.step(self.xb, self.yb)
+        step,evaluate = self._compiled() if self.jit else (self.step, self.evaluate)
+        if not self.training: return evaluate(self.xb, self.yb)
+        try: step(self.xb, self.yb)
         except CancelStepException: self('after_cancel_step')
         except BaseException: self.opt.zero_grad(); raise
     def _all_batches(self, batches, start=0):
@@ -252,6 +255,7 @@ def remove_cbs(self:Learner,
 def _set_cbs(self:Learner, cbs):
     self.cbs = sorted(cbs, key=lambda cb: cb.order)
     self._listeners = {e: [getattr(cb, e) for cb in self.cbs if hasattr(type(cb), e)] for e in _events}
+    self._programs = None
     self.recorder = next((cb for cb in self.cbs if isinstance(cb, Recorder)), None)
 
 @patch
@@ -610,6 +614,7 @@ class GradientClip(Callback):
         norm_type=2., # of that norm
         value=None,   # largest absolute value of a number in them; `None` for any
     ): self.max_norm,self.norm_type,self.value = max_norm,norm_type,value
+    inside = 'before_step',
     def before_step(self):
         if self.value is not None: clip_grad_value_(self.model.parameters(), self.value)
         if self.max_norm is None: return
@@ -618,15 +623,14 @@ class GradientClip(Callback):
 # %% ../nbs/34_train.ipynb #c064
 class GradientAccumulation(Callback):
     "A step for every `n_acc` rows or more, as if they had been one batch"
-    order,saved = -10,('count',) # before the gradients are clipped
+    order,saved,inside = -10,('count',),('before_backward',) # before the gradients are clipped
     def __init__(self,
         n_acc=32, # rows
     ): self.n_acc,self.count = n_acc,0
     def before_train(self): self.count = 0
-    def before_backward(self):
-        self.count += self.batch_size
-        self.learn.loss_grad = self.loss*self.batch_size
+    def before_backward(self): self.learn.loss_grad = self.loss*self.batch_size
     def before_step(self):
+        self.count += self.batch_size
         last = self.iter+1==self.n_iter # batch of the epoch, which takes the step in any case
         if self.count<self.n_acc and not last: raise CancelStepException
         with no_grad():
@@ -701,6 +705,55 @@ class TerminateOnNaNCallback(Callback):
         return f'{where}: the first layer with a result that is not finite is {name or "the model itself"}, {m!r}; its input is {came}'
 
 # %% ../nbs/34_train.ipynb #c077
+_within = 'after_pred','after_loss','before_backward','before_step' # events in the middle of a step
+
+@patch
+def _compiled(self:Learner):
+    "`step` and `evaluate` as programs"
+    if self._programs is None:
+        from minima.compile import jit # takes as long to import as all the rest
+        as_program = partial(jit, backend='auto' if self.jit is True else self.jit)
+        calls   = {e: [(f, e in f.__self__.inside) for f in self._listeners[e]] for e in _within}
+        divided = any(not inside for e in _within for _,inside in calls[e])
+        def happen(event, within):
+            for f,inside in calls[event]:
+                if inside==within: f()
+        def outside(xb, yb, *events):
+            before = self.pred,self.loss,self.loss_grad
+            for e in events: happen(e, False)
+            if any(a is not b for a,b in zip(before, (self.pred,self.loss,self.loss_grad))):
+                raise RuntimeError(f"Learner: with jit, a callback has changed the predictions or the loss after they were computed; name the event in its `inside`, or leave out jit")
+        def forward(xb, yb):
+            self.pred = self.model(*xb);                happen('after_pred', True)
+            self.loss = self.loss_func(self.pred, *yb); happen('after_loss', True)
+        def update():
+            self.opt.step()
+            self.opt.zero_grad()
+        def learn(xb, yb):
+            forward(xb, yb)
+            self.loss_grad = self.loss; happen('before_backward', True)
+            self.loss_grad.backward()
+            if not divided: happen('before_step', True); update()
+            return self.pred,self.loss
+        def judge(xb, yb):
+            with no_grad(): forward(xb, yb)
+            return self.pred,self.loss
+        learn,update,judge = map(as_program, (learn, update, judge))
+        def step(xb, yb):
+            self.pred,self.loss = learn(xb, yb)
+            self.loss_grad = self.loss
+            if divided:
+                outside(xb, yb, *_within[:3])
+                self('before_step')
+                update()
+            self('after_step')
+        def evaluate(xb, yb):
+            self.pred,self.loss = judge(xb, yb)
+            outside(xb, yb, *_within[:2])
+        self._programs = step,evaluate
+    return self._programs
+
+# %% ../nbs/34_train.ipynb #c082
 class TrackerCallback(Callback):
     "Whether a column of the recorder has improved"
     order,watching,saved = 70,True,('best','wait')
@@ -721,7 +774,7 @@ class TrackerCallback(Callback):
         if self.improved: self.best,self.wait = value,0
         else: self.wait += 1
 
-# %% ../nbs/34_train.ipynb #c078
+# %% ../nbs/34_train.ipynb #c083
 class EarlyStoppingCallback(TrackerCallback):
     "End the fit when nothing improves"
     def __init__(self,
@@ -734,7 +787,7 @@ class EarlyStoppingCallback(TrackerCallback):
         super().after_epoch()
         if self.wait>=self.patience: raise CancelFitException
 
-# %% ../nbs/34_train.ipynb #c079
+# %% ../nbs/34_train.ipynb #c084
 class SaveModelCallback(TrackerCallback):
     "Write the weights when they are the best so far, and have these at the end"
     order = 69 # before the fit may end
@@ -752,7 +805,7 @@ class SaveModelCallback(TrackerCallback):
     def after_fit(self):
         if math.isfinite(self.best): load_model(self.model, self.path)
 
-# %% ../nbs/34_train.ipynb #c080
+# %% ../nbs/34_train.ipynb #c085
 class CSVLogger(Callback):
     "The rows of the recorder as a file"
     order,watching = 65,True
@@ -764,7 +817,7 @@ class CSVLogger(Callback):
         rows = [self.recorder.names, *self.recorder.values]
         atomic_write({self.path: ''.join(','.join(map(str, r))+'\n' for r in rows).encode()})
 
-# %% ../nbs/34_train.ipynb #c084
+# %% ../nbs/34_train.ipynb #c089
 def _generators(model):
     "The random generators that modules hold"
     return {f'{n}.{k}':g for n,m in model.named_modules() for k,g in vars(m).items() if isinstance(g, np.random.Generator)}
@@ -790,7 +843,7 @@ def state_dict(self:Learner)->dict: # not a copy; a file can hold it
             'callbacks': {n:cb.state_dict() for n,cb in self._named_cbs().items()},
             'rng': get_rng_state(), 'rng_epoch': self.rng_epoch, 'generators': {n:g.bit_generator.state for n,g in _generators(self.model).items()}}
 
-# %% ../nbs/34_train.ipynb #c085
+# %% ../nbs/34_train.ipynb #c090
 @patch
 def _load_moment(self:Learner, state):
     "What changes while batches are drawn: random numbers, callbacks"
@@ -830,7 +883,7 @@ def load_state_dict(self:Learner,
     try: self._load(state)
     except Exception: self._load(old); raise
 
-# %% ../nbs/34_train.ipynb #c086
+# %% ../nbs/34_train.ipynb #c091
 @patch
 def resume(self:Learner,
     state:dict, # from `state_dict`
@@ -840,7 +893,7 @@ def resume(self:Learner,
     self.position,self.state = tuple(state['position']),state
     if self.position[1]: set_rng_state(state['rng_epoch']) # with which the loader began its epoch
 
-# %% ../nbs/34_train.ipynb #c087
+# %% ../nbs/34_train.ipynb #c092
 class CheckpointCallback(Callback):
     "Write the state of the run to a file, and go on from there if the file exists"
     order,watching = 100,True # when the others are done
@@ -860,7 +913,7 @@ class CheckpointCallback(Callback):
         if self.training and self.every and (self.iter+1)%self.every==0: self.after_epoch()
     def after_epoch(self): save_file(self.learn.state_dict(), self.path)
 
-# %% ../nbs/34_train.ipynb #c096
+# %% ../nbs/34_train.ipynb #c101
 class LRFinder(Callback):
     "A learning rate that grows, and the loss at each"
     def __init__(self,
@@ -901,7 +954,7 @@ class LRFinder(Callback):
         return draw_lines({'loss': np.stack([x, y], 1), f'suggestion {self.lrs[at]:.2g}': [(x[at], y[at])]}, 'logarithm of the learning rate to base 10', 'smoothed loss')
     def __repr__(self): return f'LRFinder(suggestion={self.suggestion:.2g}, minimum={self.minimum:.2g}, {len(self.lrs)} batches)'
 
-# %% ../nbs/34_train.ipynb #c097
+# %% ../nbs/34_train.ipynb #c102
 @patch
 def lr_find(self:Learner,
     start_lr=1e-7, # the first rate
@@ -922,7 +975,7 @@ def lr_find(self:Learner,
     if len(finder.raw)<3: raise RuntimeError(f'lr_find: the loss was not finite after {len(finder.raw)} batches')
     return finder
 
-# %% ../nbs/34_train.ipynb #c101
+# %% ../nbs/34_train.ipynb #c106
 @patch
 def save(self:Learner,
     path,               # of the file, ends in .npz
@@ -931,7 +984,7 @@ def save(self:Learner,
     "Write the weights, whole or not at all"
     save_file({'model': self.model.state_dict()} | ({'optimizer': type(self.opt).__name__, 'opt': self.opt.state_dict()} if with_opt else {}), path)
 
-# %% ../nbs/34_train.ipynb #c102
+# %% ../nbs/34_train.ipynb #c107
 @patch
 def load(self:Learner,
     path,               # of such a file, or of a checkpoint

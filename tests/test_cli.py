@@ -43,6 +43,22 @@ def test_default_is_good_quick_and_repeatable(tmp_path):
     with np.load(a/'weights.npz', allow_pickle=False) as w: assert [w[f'model.{i}.weight'].shape for i in (1,3)]==[(256,784), (10,256)]
     assert (a/'loss.svg').read_text(encoding='utf-8').startswith('<svg')
 
+def test_compiled_is_as_good_and_repeatable(tmp_path):
+    "`--jit`, broken off after an epoch and resumed, beside a run without it"
+    env['MINIMA_CACHE'] = str(tmp_path/'cache')
+    try:
+        ok(minima('train', '--jit', '--epochs', '2', '--out', 'a', cwd=tmp_path))
+        ok(minima('train', '--jit', '--epochs', '1', '--out', 'b', cwd=tmp_path))
+        ok(minima('train', '--resume', '--epochs', '2', '--out', 'b', cwd=tmp_path))
+    finally: del env['MINIMA_CACHE']
+    ok(minima('train', '--epochs', '2', '--out', 'c', cwd=tmp_path))
+    a,b,c = ((tmp_path/d/'weights.npz').read_bytes() for d in 'abc')
+    assert a==b
+    a,c = ([float(r['valid_loss']) for r in csv.DictReader((tmp_path/d/'history.csv').open())] for d in 'ac')
+    np.testing.assert_allclose(a, c, rtol=1e-3)
+    assert list((tmp_path/'cache').glob('*.so'))
+    refused(minima('train', '--resume', '--jit', '--out', 'c', cwd=tmp_path), 2, '--jit')
+
 @pytest.mark.parametrize('args', [['--help'], ['train','--help'], ['predict','--help'], ['check','--help']])
 def test_help_has_examples(args, tmp_path):
     said = ok(minima(*args, cwd=tmp_path))
@@ -323,8 +339,9 @@ def test_wrong_files_are_refused(runs, tmp_path, capsys):
     (tmp_path/'greek.txt').write_text('αβγ', encoding='utf-8')
     def said(model, f): return wrong(capsys, 'predict', '--run', runs/model, tmp_path/f)
     for f in ('torn.a.png', 'torn.a.npy', 'cube.npy', 'object.npy', 'a.txt', 'nowhere.png'): assert f in (told := said('mlp', f)) and 'reads images' in told
-    for f in ('a.png', 'a.npy', 'empty.txt', 'greek.txt', 'nowhere.txt'): assert f in (told := said('gpt', f)) and 'reads texts' in told
+    for f in ('a.png', 'a.npy', 'greek.txt', 'nowhere.txt'): assert f in (told := said('gpt', f)) and 'reads texts' in told
     assert 'wanted greys (h, w)' in said('mlp', 'cube.npy')
+    assert 'empty file, wanted a text' in said('gpt', 'empty.txt')
     assert 'α' in said('gpt', 'greek.txt')
     capsys.readouterr()
     assert call('predict', '--run', runs/'mlp', tmp_path/'a.png', tmp_path/'a.txt')==2 and capsys.readouterr().out=='' # no half answer

@@ -44,18 +44,6 @@ def test_no_module_imports_the_package(file):
             full = '.'.join([*base, *([o.module] if o.module else [])])
             assert full not in ('minima', 'minima.ops'), f'{file.name}:{o.lineno} imports from {full}, which is everything: name the module'
 
-def codes(c):
-    yield c
-    for k in c.co_consts:
-        if hasattr(k, 'co_code'): yield from codes(k)
-
-@pytest.mark.parametrize('file', modules, ids=lambda f: f.stem)
-def test_module_has_what_it_names(file):
-    "A notebook may have a name from a cell that is not exported"
-    module = importlib.import_module('.'.join(file.relative_to(root).with_suffix('').parts))
-    named = {i.argval for c in codes(compile(file.read_text(), file, 'exec')) for i in dis.get_instructions(c) if i.opname=='LOAD_GLOBAL'}
-    assert not {n for n in named if not hasattr(module, n) and not hasattr(builtins, n)}
-
 @pytest.mark.parametrize('nb', notebooks)
 def test_notebook_is_presentable(nb):
     cells = notebooks[nb]

@@ -142,6 +142,8 @@ too_wide = r'''() => { // whatever reaches over the edge of the screen stands in
                 .map(e => `${e.tagName}.${e.className} ${e.textContent.slice(0,40)}`)].slice(0,5)
 }'''
 
+cut_plots = r'''() => [...document.querySelectorAll('.cell-output svg')].filter(e => /^(lines|curve)/.test(e.getAttribute('aria-label')) && e.getBoundingClientRect().right > innerWidth).map(e => e.getAttribute('aria-label'))'''
+
 @needs_browser
 @pytest.mark.parametrize('page', pages)
 def test_page(page, server, wide, phone):
@@ -152,6 +154,7 @@ def test_page(page, server, wide, phone):
     assert wide.wrong == []
     p = phone.open(f'{server}/{page}')
     assert p.evaluate(too_wide) == [], 'at 390 px'
+    assert p.evaluate(cut_plots) == [], 'a plot is seen whole at 390 px'
     assert p.evaluate('document.documentElement.classList.contains("quarto-dark")')
     assert p.evaluate(contrast) == [], 'dark'
     assert phone.wrong == []
