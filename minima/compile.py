@@ -916,8 +916,9 @@ class CProgram:
             text = self.loop(k) if isinstance(s, Loop) else getattr(self, s.lines[0].op, lambda *_: None)(k, s.lines[0])
             if text: body.append(text)
             else: flush(); self.segments.append(s)
-        body += [self.copy(v, f'(({ctype(v.node.dtype)}*)P[{slot}])', row_major(v.shape)) for v,slot in plan.copies]
+        body += [self.copy(v, f'(({ctype(v.node.dtype)}*)P[{slot}])', row_major(v.shape)) for v,slot in plan.copies if has_ctype(v.node)]
         flush()
+        self.segments += [c for c in plan.copies if not has_ctype(c[0].node)]
         functions = [f'void segment{i}(ARGS) {{\n  {b}\n}}' for i,b in enumerate(bodies)]
         self.source = '\n'.join([header, *self.parts, *functions, ''])
     def loop(self, k):
@@ -1260,6 +1261,10 @@ class InC(Compiled):
         return new
     def by_numpy(self, s):
         "A step that C cannot do"
+        if isinstance(s, tuple): # a view, and the number of the array that it is copied to
+            v,slot = s
+            def run(): np.frombuffer((ctypes.c_char*(product(v.shape)*v.node.dtype.itemsize)).from_address(int(self.pointers[slot])), v.node.dtype).reshape(v.shape)[...] = self.array(v)
+            return run if product(v.shape) else lambda: None
         f,views = line_function(s.lines),[View(n, n.shape, row_major(n.shape)) for n in s.lines] + self.plan.fusion.reads[id(s.lines[0])]
         def run():
             with np.errstate(all='ignore'): f(*map(self.array, views))
