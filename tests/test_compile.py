@@ -74,7 +74,8 @@ class Random:
         except AssertionError as e: error = e
         with np.errstate(all='ignore'): near = [self(self.moved(k)) for k in range(8)] # what rounding the inputs does
         for k,(a,b,*others) in enumerate(zip(ours, theirs, *near)):
-            b,d = b.numpy(),np.max([np.abs(o.numpy()-b) for o in others], 0)
+            b = b.numpy()
+            d = np.max([np.abs(o.numpy()-b) for o in others], 0)
             far = np.abs(a.numpy()-b) > self.tol*max(1, np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max(initial=0)) + 100*d.max(initial=0)
             if far.any() or (np.isnan(a.numpy())!=np.isnan(b)).any() and not np.isnan(d).any(): raise error
         counts['badly conditioned'] += 1
