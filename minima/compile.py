@@ -555,6 +555,7 @@ header = r'''#include <stdint.h>
 #include <math.h>
 #include <string.h>
 #define ARGS char *A, char **P, const double *S, void **G
+#define NOINLINE __attribute__((noinline))
 typedef void (*part_t)(int64_t, ARGS);
 typedef void (*share_t)(int64_t, part_t, ARGS);
 typedef void (*sgemm_t)(int,int,int,int64_t,int64_t,int64_t,float,const float*,int64_t,const float*,int64_t,float,float*,int64_t);
@@ -643,7 +644,7 @@ class CLoop:
     def write(self):
         "The function of one part of the loop, and the one for what follows when all parts are done"
         w = self.w = _Text()
-        w.open('static void STEP(int64_t part, ARGS)')
+        w.open('static NOINLINE void STEP(int64_t part, ARGS)')
         self.declare()
         if self.parts>1: w(f'const int64_t j0 = part*{self.part}, j1 = j0 + {self.part} < {self.sizes[0]} ? j0 + {self.part} : {self.sizes[0]};')
         for n in self.at('across'): w(f'for (int64_t i = 0; i < {n.size}; i++) t{self.number[id(n)]}[i] = {_first(n)};')
@@ -887,7 +888,7 @@ def _reserve(self:CLoop, n, T, size): self.room[id(n)] = T,size,self.program.res
 def write_end(self:CLoop):
     "Add up what the parts have found"
     w = self.w
-    w.open('static void STEP_end(ARGS)')
+    w.open('static NOINLINE void STEP_end(ARGS)')
     w('enum { part = 0 };')
     self.declare()
     for n in self.at('across')+self.at('along'):
@@ -917,8 +918,9 @@ class CProgram:
             text = self.loop(k) if isinstance(s, Loop) else getattr(self, s.lines[0].op, lambda *_: None)(k, s.lines[0])
             if text: body.append(text)
             else: flush(); self.segments.append(s)
-        body += [self.copy(v, f'(({ctype(v.node.dtype)}*)P[{slot}])', row_major(v.shape)) for v,slot in plan.copies]
+        body += [self.copy(v, f'(({ctype(v.node.dtype)}*)P[{slot}])', row_major(v.shape)) for v,slot in plan.copies if has_ctype(v.node)]
         flush()
+        self.segments += [c for c in plan.copies if not has_ctype(c[0].node)]
         parts = [text.replace('STEP', name) for text,name in self.functions.items()]
         self.source = '\n'.join([header, *parts, *(f'void segment{i}(ARGS) {{\n  {b}\n}}' for i,b in enumerate(bodies)), ''])
     def loop(self, k):
@@ -932,6 +934,12 @@ class CProgram:
             return f'P[{table.index(found[0])}]'
         name = self.functions.setdefault(re.sub(r'\((?:A|P\[\d+\]) \+ \d+\)|\bP\[\d+\]', entry, text), f'step{k}')
         return f"{{ char *L[] = {{{', '.join(table) or '0'}}}; {call.replace('STEP', name).replace(', P,', ', L,')} }}"
+    def statements(self, k, *lines):
+        w = _Text()
+        w.open('static NOINLINE void STEP(int64_t part, ARGS)')
+        for line in lines: w(line)
+        w.close()
+        return self.function(k, str(w), self.share(1, 'STEP'))
     def reserve(self, nbytes):
         "The address of memory that only this step sees"
         self.free,a = self.free + -(-nbytes//64)*64,self.free
@@ -970,8 +978,8 @@ def put(self:CProgram, k, n):
     to,strides = f'(({ctype(n.dtype)}*){self.address(n)})',row_major(n.shape)
     here = whole.whole and whole.node.op not in sources and self.address(whole.node)==self.address(n)
     zero = whole.node.op=='const' and not any(whole.node.attrs[0])
-    first = '' if here else f'memset({to}, 0, {n.nbytes}); ' if zero else self.copy(whole, to, strides) + ' '
-    return first + self.copy(part, to, [s*d for s,(_,d) in zip(strides, n.attrs)], sum(s*i for s,(i,_) in zip(strides, n.attrs)))
+    first = '' if here else f'memset({to}, 0, {n.nbytes});' if zero else self.copy(whole, to, strides)
+    return self.statements(k, first, self.copy(part, to, [s*d for s,(_,d) in zip(strides, n.attrs)], sum(s*i for s,(i,_) in zip(strides, n.attrs))))
 
 # %% ../nbs/22_compile.ipynb #c064
 @patch
@@ -980,14 +988,8 @@ def fold(self:CProgram, k, n):
     if not has_ctype(n): return None
     v,s,(stride,dilation) = self.plan.fusion.reads[id(n)][0],row_major(n.shape),n.attrs
     loops,i,j = _nest(v.shape, (*s[:2], *(a*d for a,d in zip(s[2:], dilation)), *(a*t for a,t in zip(s[2:], stride))), v.strides)
-    w,T = _Text(),ctype(n.dtype)
-    w.open('static void STEP(int64_t part, ARGS)')
-    w(f'{T} *restrict to = ({T}*){self.address(n)};')
-    w(f'const {T} *restrict from = {self.start(v)};')
-    w(f'memset(to, 0, {n.nbytes});')
-    w(f'{loops}to[{i}] += from[{j}];')
-    w.close()
-    return self.function(k, str(w), self.share(1, 'STEP'))
+    T = ctype(n.dtype)
+    return self.statements(k, f'{T} *restrict to = ({T}*){self.address(n)};', f'const {T} *restrict from = {self.start(v)};', f'memset(to, 0, {n.nbytes});', f'{loops}to[{i}] += from[{j}];')
 
 # %% ../nbs/22_compile.ipynb #c065
 @functools.lru_cache(None)
@@ -1020,7 +1022,7 @@ def matmul(self:CProgram, k, n):
     large,by_matrix = self.threads>1 and product(batch)*m*p*q >= 1<<21,bool(batch) and batch[0]>1 and not n.attrs
     parts = (min(8, batch[0]) if by_matrix else 2*self.threads if m>=16 else 1) if large else 1
     w,rows,r = _Text(),m,0
-    w.open('static void STEP(int64_t part, ARGS)')
+    w.open('static NOINLINE void STEP(int64_t part, ARGS)')
     if parts>1 and not by_matrix: rows,r = 'rows','r'; w(f'const int64_t r = part*{m}/{parts}, rows = (part + 1)*{m}/{parts} - r;')
     starts,copies = [self.start(v) if id(v.node) not in self.plan.fusion.gathers else f'(g{i} + {v.offset})' for i,v in enumerate((a,b))],[]
     strides = [list(s) for s in (a.strides, b.strides, c)]
@@ -1168,7 +1170,6 @@ class Compiled:
         self.written = [t.inputs[k][1] for k in p.targets if k is not None and t.inputs[k][0] in ('array','strided')]
         self.given = [self.varying.index(k) for k in p.targets if k is not None and t.inputs[k][0]=='argument'] # arguments that are written to
         self.owners = {id(_owner(a)) for a in self.written}
-        if not all(a.flags.writeable for a in self.written): raise ValueError('jit: assignment destination is read-only')
         read = {id(thing) for kind,thing,_ in t.inputs if kind=='grad'}
         self.replaced = [v for v,_ in p.set_grads if not isinstance(v, int) and id(v) not in read]
     def current(self, flat):
@@ -1274,6 +1275,10 @@ class InC(Compiled):
         return new
     def by_numpy(self, s):
         "A step that C cannot do"
+        if isinstance(s, tuple): # a view, and the number of the array that it is copied to
+            v,slot = s
+            def run(): np.frombuffer((ctypes.c_char*(product(v.shape)*v.node.dtype.itemsize)).from_address(int(self.pointers[slot])), v.node.dtype).reshape(v.shape)[...] = self.array(v)
+            return run if product(v.shape) else lambda: None
         f,views = line_function(s.lines),[View(n, n.shape, row_major(n.shape)) for n in s.lines] + self.plan.fusion.reads[id(s.lines[0])]
         def run():
             with np.errstate(all='ignore'): f(*map(self.array, views))
