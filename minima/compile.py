@@ -9,7 +9,7 @@ __all__ = ['apart', 'ctypes_of', 'header', 'pool_source', 'Loop', 'Single', 'Fus
            'jit', 'derivatives', 'compiled_mark', 'compiled_marks']
 
 # %% ../nbs/22_compile.ipynb #c003
-import ctypes, functools, hashlib, math, os, platform, shutil, subprocess, sys, threading, warnings
+import ctypes, functools, hashlib, math, os, platform, re, shutil, subprocess, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from math import prod as product
 from pathlib import Path
@@ -127,12 +127,13 @@ def join(self:Fusion, loop, k, n):
             if not _at_hand(loop.level[id(v.node)], level, v, loop.size, row): return False
         elif self.home.get(id(v.node), -1) >= k: return False # not finished when the loop begins
         elif len(v.runs)>1: cuts |= {c*(row if level=='row' else 1) for c in _cuts(v.runs)}
+    loads = loop.loads | {id(v.node) for v in reads if id(v.node) not in loop.level and v.node.op not in ('const','scalar')}
+    if len(loads)>32 and len(loads)>len(loop.loads): return False # there are not that many registers for addresses
     cuts |= loop.cuts | ({row} if row else set())
     nest = sorted(cuts | {loop.size})
     if any(b%a for a,b in zip(nest, nest[1:])): return False
-    loop.row,loop.cuts,loop.level[id(n)] = row,cuts,level
+    loop.row,loop.cuts,loop.loads,loop.level[id(n)] = row,cuts,loads,level
     loop.lines.append(n)
-    loop.loads |= {id(v.node) for v in reads if id(v.node) not in loop.level and v.node.op not in ('const','scalar')}
     return True
 
 def _at_hand(was, level, v, size, row):
@@ -554,6 +555,7 @@ header = r'''#include <stdint.h>
 #include <math.h>
 #include <string.h>
 #define ARGS char *A, char **P, const double *S, void **G
+#define NOINLINE __attribute__((noinline))
 typedef void (*part_t)(int64_t, ARGS);
 typedef void (*share_t)(int64_t, part_t, ARGS);
 typedef void (*sgemm_t)(int,int,int,int64_t,int64_t,int64_t,float,const float*,int64_t,const float*,int64_t,float,float*,int64_t);
@@ -622,7 +624,7 @@ class CLoop:
         plan:Plan,
         program,   # `CProgram`, which knows addresses
     ):
-        self.name,self.program,self.loop,self.reads = f'step{k}',program,plan.steps[k],plan.fusion.reads
+        self.program,self.loop,self.reads = program,plan.steps[k],plan.fusion.reads
         self.lines,self.level,self.row = self.loop.lines,self.loop.level,self.loop.row
         self.number = {id(n):i for i,n in enumerate(self.lines)} # values are called v0, v1, …
         self.kept = {id(n) for n in plan.stores(k)}
@@ -642,7 +644,7 @@ class CLoop:
     def write(self):
         "The function of one part of the loop, and the one for what follows when all parts are done"
         w = self.w = _Text()
-        w.open(f'static void {self.name}(int64_t part, ARGS)')
+        w.open('static NOINLINE void STEP(int64_t part, ARGS)')
         self.declare()
         if self.parts>1: w(f'const int64_t j0 = part*{self.part}, j1 = j0 + {self.part} < {self.sizes[0]} ? j0 + {self.part} : {self.sizes[0]};')
         for n in self.at('across'): w(f'for (int64_t i = 0; i < {n.size}; i++) t{self.number[id(n)]}[i] = {_first(n)};')
@@ -651,7 +653,7 @@ class CLoop:
         w.close(self.split+1)
         if self.room.keys() - self.buffers.keys(): self.write_end()
         return str(w)
-    def call(self): return self.program.share(self.parts, self.name) + (f' {self.name}_end(A, P, S, G);' if self.room.keys() - self.buffers.keys() else '')
+    def call(self): return self.program.share(self.parts, 'STEP') + (' STEP_end(A, P, S, G);' if self.room.keys() - self.buffers.keys() else '')
 
 def _over(sizes, runs):
     "Strides of a view over finer axes"
@@ -886,7 +888,7 @@ def _reserve(self:CLoop, n, T, size): self.room[id(n)] = T,size,self.program.res
 def write_end(self:CLoop):
     "Add up what the parts have found"
     w = self.w
-    w.open(f'static void {self.name}_end(ARGS)')
+    w.open('static NOINLINE void STEP_end(ARGS)')
     w('enum { part = 0 };')
     self.declare()
     for n in self.at('across')+self.at('along'):
@@ -907,7 +909,7 @@ class CProgram:
         plan:Plan,
         threads=1,
     ):
-        self.plan,self.threads,self.size,self.parts = plan,threads,plan.size,[] # parts: texts of functions
+        self.plan,self.threads,self.size,self.functions = plan,threads,plan.size,{} # functions: from a text to its name
         self.segments,bodies,body = [],[],[] # segments: number of a function, or a step for NumPy
         def flush():
             if body: self.segments.append(len(bodies)); bodies.append('\n  '.join(body)); body.clear()
@@ -916,25 +918,39 @@ class CProgram:
             text = self.loop(k) if isinstance(s, Loop) else getattr(self, s.lines[0].op, lambda *_: None)(k, s.lines[0])
             if text: body.append(text)
             else: flush(); self.segments.append(s)
-        body += [self.copy(v, f'(({ctype(v.node.dtype)}*)P[{slot}])', row_major(v.shape)) for v,slot in plan.copies]
+        body += [self.copy(v, f'(({ctype(v.node.dtype)}*)P[{slot}])', row_major(v.shape)) for v,slot in plan.copies if has_ctype(v.node)]
         flush()
-        functions = [f'void segment{i}(ARGS) {{\n  {b}\n}}' for i,b in enumerate(bodies)]
-        self.source = '\n'.join([header, *self.parts, *functions, ''])
+        self.segments += [c for c in plan.copies if not has_ctype(c[0].node)]
+        parts = [text.replace('STEP', name) for text,name in self.functions.items()]
+        self.source = '\n'.join([header, *parts, *(f'void segment{i}(ARGS) {{\n  {b}\n}}' for i,b in enumerate(bodies)), ''])
     def loop(self, k):
         loop = CLoop(k, self.plan, self)
-        self.parts.append(loop.write())
-        return loop.call()
+        return self.function(k, loop.write(), loop.call())
+    def function(self, k, text, call):
+        "Statements that call a function; texts with the same loops over other addresses are one function, which gets them in a table"
+        table = []
+        def entry(found):
+            if found[0] not in table: table.append(found[0])
+            return f'P[{table.index(found[0])}]'
+        name = self.functions.setdefault(re.sub(r'\((?:A|P\[\d+\]) \+ \d+\)|\bP\[\d+\]', entry, text), f'step{k}')
+        return f"{{ char *L[] = {{{', '.join(table) or '0'}}}; {call.replace('STEP', name).replace(', P,', ', L,')} }}"
+    def statements(self, k, *lines):
+        w = _Text()
+        w.open('static NOINLINE void STEP(int64_t part, ARGS)')
+        for line in lines: w(line)
+        w.close()
+        return self.function(k, str(w), self.share(1, 'STEP'))
     def reserve(self, nbytes):
         "The address of memory that only this step sees"
         self.free,a = self.free + -(-nbytes//64)*64,self.free
         self.size = max(self.size, self.free)
         return f'(A + {a})'
-    def address(self, n):
-        "Of the first number of a line"
-        if n.op=='input': return f'P[{n.attrs[1]}]'
-        slot = self.plan.direct.get(id(n))
-        return f'(A + {self.plan.place[id(n)][0]})' if slot is None else f'P[{slot}]'
-    def start(self, v): return f"(({ctype(v.node.dtype)}*){self.address(v.node)}{f' + {v.offset}' if v.offset else ''})" # of the first number of a view
+    def address(self, n, skip=0):
+        "Of the first number of a line, or of one that is `skip` bytes behind"
+        slot = n.attrs[1] if n.op=='input' else self.plan.direct.get(id(n))
+        if slot is None: return f'(A + {self.plan.place[id(n)][0] + skip})'
+        return f'(P[{slot}] + {skip})' if skip else f'P[{slot}]'
+    def start(self, v): return f'(({ctype(v.node.dtype)}*){self.address(v.node, v.offset*v.node.dtype.itemsize)})' # of the first number of a view
     def share(self, parts, name): return f'((share_t)G[2])({parts}, {name}, A, P, S, G);' if parts>1 else f'{name}(0, A, P, S, G);'
 
 # %% ../nbs/22_compile.ipynb #c062
@@ -962,8 +978,8 @@ def put(self:CProgram, k, n):
     to,strides = f'(({ctype(n.dtype)}*){self.address(n)})',row_major(n.shape)
     here = whole.whole and whole.node.op not in sources and self.address(whole.node)==self.address(n)
     zero = whole.node.op=='const' and not any(whole.node.attrs[0])
-    first = '' if here else f'memset({to}, 0, {n.nbytes}); ' if zero else self.copy(whole, to, strides) + ' '
-    return first + self.copy(part, to, [s*d for s,(_,d) in zip(strides, n.attrs)], sum(s*i for s,(i,_) in zip(strides, n.attrs)))
+    first = '' if here else f'memset({to}, 0, {n.nbytes});' if zero else self.copy(whole, to, strides)
+    return self.statements(k, first, self.copy(part, to, [s*d for s,(_,d) in zip(strides, n.attrs)], sum(s*i for s,(i,_) in zip(strides, n.attrs))))
 
 # %% ../nbs/22_compile.ipynb #c064
 @patch
@@ -972,8 +988,8 @@ def fold(self:CProgram, k, n):
     if not has_ctype(n): return None
     v,s,(stride,dilation) = self.plan.fusion.reads[id(n)][0],row_major(n.shape),n.attrs
     loops,i,j = _nest(v.shape, (*s[:2], *(a*d for a,d in zip(s[2:], dilation)), *(a*t for a,t in zip(s[2:], stride))), v.strides)
-    to = f'(({ctype(n.dtype)}*){self.address(n)})'
-    return f'memset({to}, 0, {n.nbytes}); {loops}{to}[{i}] += {self.start(v)}[{j}];'
+    T = ctype(n.dtype)
+    return self.statements(k, f'{T} *restrict to = ({T}*){self.address(n)};', f'const {T} *restrict from = {self.start(v)};', f'memset(to, 0, {n.nbytes});', f'{loops}to[{i}] += from[{j}];')
 
 # %% ../nbs/22_compile.ipynb #c065
 @functools.lru_cache(None)
@@ -1006,7 +1022,7 @@ def matmul(self:CProgram, k, n):
     large,by_matrix = self.threads>1 and product(batch)*m*p*q >= 1<<21,bool(batch) and batch[0]>1 and not n.attrs
     parts = (min(8, batch[0]) if by_matrix else 2*self.threads if m>=16 else 1) if large else 1
     w,rows,r = _Text(),m,0
-    w.open(f'static void step{k}(int64_t part, ARGS)')
+    w.open('static NOINLINE void STEP(int64_t part, ARGS)')
     if parts>1 and not by_matrix: rows,r = 'rows','r'; w(f'const int64_t r = part*{m}/{parts}, rows = (part + 1)*{m}/{parts} - r;')
     starts,copies = [self.start(v) if id(v.node) not in self.plan.fusion.gathers else f'(g{i} + {v.offset})' for i,v in enumerate((a,b))],[]
     strides = [list(s) for s in (a.strides, b.strides, c)]
@@ -1025,8 +1041,7 @@ def matmul(self:CProgram, k, n):
     f,beta = ('((sgemm_t)G[0])','((dgemm_t)G[1])')[n.dtype.itemsize==8],'i0 > 0' if n.attrs else 0
     w(f'{loops}{f}(101, {tx}, {ty}, {rows}, {p}, {q}, 1, {starts[0]} + {x}, {lx}, {starts[1]} + {y}, {ly}, {beta}, ({T}*){self.address(n)} + {z}, {p});')
     w.close(1 + bool(batch))
-    self.parts.append(str(w))
-    return self.share(parts, f'step{k}')
+    return self.function(k, str(w), self.share(parts, 'STEP'))
 
 def _layout(v):
     "What BLAS calls the order of a matrix, and the distance from row to row, or from column to column"
@@ -1096,7 +1111,7 @@ def cache_folder(
     return d
 
 # %% ../nbs/22_compile.ipynb #c075
-_flags = ('-x c -O3 -march=native -fopenmp-simd -fwrapv -fno-math-errno -fno-trapping-math -fno-tree-slp-vectorize -fno-thread-jumps '
+_flags = ('-x c -O3 -march=native -fopenmp-simd -fwrapv -fno-math-errno -fno-trapping-math -fno-tree-slp-vectorize -fno-thread-jumps -fno-gcse -fno-gcse-after-reload '
     '-fPIC -shared -pthread -w').split()
 _fast  = '-ffp-contract=fast -fassociative-math -freciprocal-math -fno-signed-zeros'.split()
 
@@ -1155,7 +1170,6 @@ class Compiled:
         self.written = [t.inputs[k][1] for k in p.targets if k is not None and t.inputs[k][0] in ('array','strided')]
         self.given = [self.varying.index(k) for k in p.targets if k is not None and t.inputs[k][0]=='argument'] # arguments that are written to
         self.owners = {id(_owner(a)) for a in self.written}
-        if not all(a.flags.writeable for a in self.written): raise ValueError('jit: assignment destination is read-only')
         read = {id(thing) for kind,thing,_ in t.inputs if kind=='grad'}
         self.replaced = [v for v,_ in p.set_grads if not isinstance(v, int) and id(v) not in read]
     def current(self, flat):
@@ -1261,6 +1275,10 @@ class InC(Compiled):
         return new
     def by_numpy(self, s):
         "A step that C cannot do"
+        if isinstance(s, tuple): # a view, and the number of the array that it is copied to
+            v,slot = s
+            def run(): np.frombuffer((ctypes.c_char*(product(v.shape)*v.node.dtype.itemsize)).from_address(int(self.pointers[slot])), v.node.dtype).reshape(v.shape)[...] = self.array(v)
+            return run if product(v.shape) else lambda: None
         f,views = line_function(s.lines),[View(n, n.shape, row_major(n.shape)) for n in s.lines] + self.plan.fusion.reads[id(s.lines[0])]
         def run():
             with np.errstate(all='ignore'): f(*map(self.array, views))

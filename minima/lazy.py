@@ -131,6 +131,7 @@ class Trace:
         self.known   = {} # id of an array that nothing from outside has gone into -> array
         self.watched = [] # (function, what it returned)
         self.after   = [] # functions, called after each run that did not fail
+        self.undo    = [] # functions, called if the trace fails
         self.modules = [] # that were called
         self.grads   = {} # id of a tensor -> [tensor, gradient before, was it read before it was set?]
         self.given   = {} # id of an argument -> its number
@@ -682,6 +683,9 @@ def trace(
         with _recording(t): result = f(*args, **kwargs)
         t.watch(_around(f))
         return _program(t, result, given)
+    except BaseException:
+        for undo in t.undo: undo()
+        raise
     finally:
         for v,g,_ in t.grads.values(): _grad.__set__(v, g)
         for v,a in t.tensors.values(): v.cached_data = a
@@ -722,9 +726,11 @@ def _writes(t, given):
     written = [(n.attrs[1], _copy(t, a.node) if view(a.node).node.op=='input' else a.node) for a,n in ends if a.node is not n] # copies, since two tensors may exchange their numbers
     arrays = [a for kind,a,_ in t.inputs if kind in ('array','strided')]
     for k,_ in written:
+        a = t.inputs[k][1]
+        if not isinstance(a, np.ndarray): continue
+        if not a.flags.writeable: raise ValueError('jit: assignment destination is read-only')
         for b in arrays:
-            a = t.inputs[k][1]
-            if isinstance(a, np.ndarray) and a is not b and np.may_share_memory(a, b): raise TraceError(f'jit: an in-place write to an array that shares memory with another one, of {b.shape}')
+            if a is not b and np.may_share_memory(a, b): raise TraceError(f'jit: an in-place write to an array that shares memory with another one, of {b.shape}')
     return written
 
 def _gradients(t):

@@ -194,6 +194,7 @@ def _trace_step(self:Optimizer):
             if p.grad is None: continue
             with no_grad(): a = may_write(p, 'step')
             s = self.state.get(p)
+            if s is None: t.undo.append(lambda p=p: self.state.pop(p, None))
             if s is None or not slots.keys() <= s.keys(): s = self.init_state(p, slots)
             key = s['step'],a.dtype
             if key not in clocks: clocks[key] = self._trace_scalars(group, a, t)
