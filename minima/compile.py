@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['apart', 'ctypes_of', 'header', 'pool_source', 'Loop', 'Single', 'Fusion', 'Arena', 'Plan', 'in_numpy',
            'line_function', 'NumpyProgram', 'in_blocks', 'plan_for', 'ctype', 'has_ctype', 'in_c', 'fits_c', 'literal',
-           'CLoop', 'CProgram', 'cache_folder', 'library', 'build', 'Compiled', 'InNumpy', 'InC', 'Jit', 'step_text',
-           'jit', 'derivatives', 'compiled_mark', 'compiled_marks']
+           'CLoop', 'CProgram', 'cache_folder', 'library', 'make', 'build', 'Compiled', 'InNumpy', 'InC', 'Jit',
+           'step_text', 'jit', 'derivatives', 'compiled_mark', 'compiled_marks']
 
 # %% ../nbs/22_compile.ipynb #c003
 import ctypes, functools, hashlib, math, os, platform, re, shutil, subprocess, sys, threading, warnings
@@ -1139,17 +1139,28 @@ def _intact(lib):
     try: return hashlib.sha256(lib.read_bytes()).hexdigest()==Path(f'{lib}.sum').read_text()
     except OSError: return False
 
+def make(
+    source:str, # a text in C
+    fast=False, # as for `jit`
+) -> tuple:     # the compiler's process, or `None` if the library is there; its path
+    "Begin to compile a text"
+    command,lib = library(source, fast)
+    if _intact(lib): return None,lib
+    new = lib.with_suffix(f'.{os.getpid()}.{threading.get_ident()}') # renamed when it is whole, so that two processes can do this at the same time
+    Path(f'{new}.c').write_text(source)
+    shell = ['sh', '-c', _shell, 'sh', new, lib, sys.executable or 'python3', _keep, *command]
+    return subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True),lib
+
 def build(
     source:str, # a text in C
     fast=False, # as for `jit`
+    begun=None, # what `make` of them has returned
 ) -> ctypes.CDLL:
     "The library of a text: from the cache, or made now"
-    command,lib = library(source, fast)
-    if not _intact(lib):
-        new = lib.with_suffix(f'.{os.getpid()}.{threading.get_ident()}') # renamed when it is whole, so that two processes can do this at the same time
-        Path(f'{new}.c').write_text(source)
-        r = subprocess.run(['sh', '-c', _shell, 'sh', new, lib, sys.executable or 'python3', _keep, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if r.returncode: raise RuntimeError(f'{command[0]}: {r.stderr[:1000].strip()}')
+    compiler,lib = begun or make(source, fast)
+    if compiler:
+        said = compiler.communicate()[1]
+        if compiler.returncode: raise RuntimeError(f'{compiler.args[8]}: {said[:1000].strip()}')
     return ctypes.CDLL(str(lib))
 
 # %% ../nbs/22_compile.ipynb #c079
@@ -1239,9 +1250,9 @@ class InNumpy(Compiled):
 class InC(Compiled):
     "Runs a program in C"
     backend = 'c'
-    def __init__(self, code, fast=False):
+    def __init__(self, code, fast=False, begun=None):
         super().__init__(code.plan)
-        lib,plan,inputs,targets = build(code.source, fast),code.plan,code.plan.program.trace.inputs,code.plan.program.targets
+        lib,plan,inputs,targets = build(code.source, fast, begun),code.plan,code.plan.program.trace.inputs,code.plan.program.targets
         self.source,self.memory,self.scalars = code.source,_aligned(code.size),np.zeros(max(1, len(plan.program.trace.scalars)))
         self.functions = np.array(_functions(code.threads), np.uint64)
         self.pointers  = np.zeros(max(1, plan.count), np.uint64)
@@ -1348,15 +1359,16 @@ def compile(self:Jit, key, args, kwargs):
     key += tuple(m.training for m in new)
     self.traced += 1
     if self.traced==4*self.cache_size: _tell(f'jit: {getattr(self, "__name__", self.f)} has been traced {self.traced} times, since its arguments or the numbers around it are new each time; make them tensors or arrays')
-    threads,code,e = self.threads or get_num_threads() or 1,None,None
+    threads,code,begun,e = self.threads or get_num_threads() or 1,None,None,None
     if self.backend!='numpy':
         try:
             code = CProgram(plan_for(p, 'c', self.fast), threads)
-            if self.backend=='c' or library(code.source, self.fast)[1].exists(): e = InC(code, self.fast)
+            begun = make(code.source, self.fast)
+            if self.backend=='c' or begun[0] is None: e = InC(code, self.fast, begun)
         except Exception as problem: code = _no_c(problem)
     if e is None:
         e = InNumpy(plan_for(p, 'numpy', self.fast), threads)
-        if code: e.builder = threading.Thread(target=self.build, args=(key, e, code), daemon=True)
+        if code: e.builder = threading.Thread(target=self.build, args=(key, e, code, begun), daemon=True)
     e.before = self.programs.pop(key, None)
     if e.before: e.before.before = None # two are enough for what goes to and fro
     while len(self.programs)>=self.cache_size: del self.programs[next(iter(self.programs))]
@@ -1366,9 +1378,9 @@ def compile(self:Jit, key, args, kwargs):
 
 # %% ../nbs/22_compile.ipynb #c086
 @patch
-def build(self:Jit, key, old, code):
+def build(self:Jit, key, old, code, begun):
     "In the background: the program in C takes the place of the one in Python"
-    try: new = InC(code, self.fast)
+    try: new = InC(code, self.fast, begun)
     except Exception as problem: return _no_c(problem)
     new.before,e = old.before,self.programs.get(key)
     if e is old: self.programs[key] = new

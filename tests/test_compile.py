@@ -584,7 +584,7 @@ from minima import Tensor, jit
 f = jit(lambda x: x*2 + {k}, backend={backend!r})
 print(f(Tensor([1.,2.])).tolist(), *{{e.backend for e in f.programs.values()}})
 """
-def use(k=0, backend='c', more='', **env): return python(twice.format(k=k, backend=backend) + more, **env)
+def use(k=0, backend='c', more='', **env): return python(twice.format(k=k, backend=backend) + more, OPENBLAS_NUM_THREADS='1', **env) # one thread: the pool of threads is a library too
 
 def test_cache(tmp_path):
     cache = tmp_path/'a'/'b'
