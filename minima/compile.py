@@ -350,7 +350,7 @@ def line_function(
 # %% ../nbs/22_compile.ipynb #c036
 class NumpyProgram:
     "The text of a program in Python: one call of NumPy after another, into arrays that are there already"
-    block = 1<<16 # bytes of an array that are worked on at a time
+    block = 1<<17 # bytes of an array that are worked on at a time
     def __init__(self,
         plan:Plan,
         threads=1,
@@ -444,7 +444,7 @@ def blocks(self:NumpyProgram, k, loop):
         if n.op!='where': free += dead # where writes before it has read
         if id(n) in stored: whole(n)
         else:
-            called[id(n)] = t = next((t for t in free if scratch[t]==n.dtype), f't{len(scratch)}')
+            called[id(n)] = t = next((t for t in reversed(free) if scratch[t]==n.dtype), f't{len(scratch)}') # what was used last is in the cache
             scratch[t] = n.dtype
             if t in free: free.remove(t)
         if n.op=='where': free += dead
