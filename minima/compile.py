@@ -1082,11 +1082,13 @@ products_source = '#include <stdint.h>\n#include <string.h>\n' + r"""typedef flo
   for (; j+16 <= n; j += 16) block##M##2(k, a, am, ak, b+j, bs, c+j, cs, add); \
   for (; j+8 <= n; j += 8) block##M##1(k, a, am, ak, b+j, bs, c+j, cs, add); \
   for (; j < n; j++) EACH(i, M) { float s = add ? c[i*cs + j] : 0; for (int64_t p = 0; p < k; p++) s += a[i*am + p*ak]*b[p*bs + j]; c[i*cs + j] = s; } }
-ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
-#define CASE(M) case M: rows##M(n, k, a, am, ak, b, bs, c, cs, add); break;
+ROWS(1) ROWS(2) ROWS(3) ROWS(6)
+#define TAKE(M) { rows##M(n, k, a, am, ak, b, bs, c, cs, add); m -= M; a += M*am; c += M*cs; }
 void by_rows(int64_t m, int64_t n, ARGS) { // the rows of b are in one piece
-  for (; m >= 6; m -= 6, a += 6*am, c += 6*cs) rows6(n, k, a, am, ak, b, bs, c, cs, add);
-  switch (m) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) }
+  while (m >= 6) TAKE(6)
+  if (m >= 3) TAKE(3)
+  if (m == 2) TAKE(2)
+  if (m == 1) TAKE(1)
 }
 static inline float total(v8 s) { return ((s[0]+s[1])+(s[2]+s[3]))+((s[4]+s[5])+(s[6]+s[7])); }
 #ifdef __AVX__
