@@ -1,7 +1,7 @@
 """Compiled beside eager: the ledger, random programs, training steps, and all that a user can do to a compiled function.
 
 `python tests/test_compile.py 1000` checks as many random programs, and a tenth as many random trainings, with both back-ends, and reports; `python tests/test_compile.py digits` reads digits for ten epochs."""
-import copy, math, os, pickle, subprocess, sys, threading, time, tracemalloc, warnings
+import copy, ctypes, itertools, math, os, pickle, subprocess, sys, threading, time, tracemalloc, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from minima import nn
 from minima.autograd import Tensor, Value, mode, no_grad
-from minima.compile import compiled_marks, jit
+from minima.compile import build, compiled_marks, jit, products_source
 from minima.data import mnist5k
 from minima.init import manual_seed, rand, randb, randn
 from minima.lazy import TraceError
@@ -495,6 +495,20 @@ def test_writes_to_shared_memory(backend):
     h = jit(update, backend=backend, threads=1)
     h(Tensor([1.,1.,1.]))
     with pytest.raises(TraceError, match='shares memory'): h(Tensor.make_const(w.numpy()[::-1]))
+
+def test_products_of_small_matrices():
+    "Every rest that the blocks leave, with A transposed, with B transposed, and added to what is there"
+    lib,i,p,rng = build(products_source, fast=True),ctypes.c_int64,ctypes.c_void_p,np.random.default_rng(0)
+    for m,n,k in itertools.product((1,2,3,4,5,6,7,13), (1,3,4,7,8,9,15,16,17,25,33), (1,2,7,8,9,31,64)):
+        b,c = rng.standard_normal((k,n), dtype='f4'),rng.standard_normal((m,n), dtype='f4')
+        for a,add in itertools.product((rng.standard_normal((m,k), dtype='f4'), rng.standard_normal((k,m), dtype='f4').T), (0,1)):
+            wanted,d = a.astype('f8')@b + (c if add else 0),c.copy()
+            lib.by_rows(i(m), i(n), i(k), p(a.ctypes.data), i(a.strides[0]//4), i(a.strides[1]//4), p(b.ctypes.data), i(n), p(d.ctypes.data), i(n), add)
+            np.testing.assert_allclose(d, wanted, 1e-4, 1e-4)
+            if a.flags.f_contiguous and not a.flags.c_contiguous: continue
+            bt,d = np.ascontiguousarray(b.T),c.copy()
+            lib.by_dots(i(m), i(n), i(k), p(a.ctypes.data), i(k), i(1), p(bt.ctypes.data), i(k), p(d.ctypes.data), i(n), add)
+            np.testing.assert_allclose(d, wanted, 1e-4, 1e-4)
 
 # ---------------------------------------------------------------- threads and processes
 
