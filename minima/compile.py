@@ -311,7 +311,7 @@ def in_numpy(
     def use(name, f=None): names[name] = getattr(np, name) if f is None else f; return name
     if n.op in ('copy','cast'): return f"{use('copyto')}({out}, {a}, 'unsafe')"
     if n.op=='where':
-        if n.args[2].op=='const' and not any(n.args[2].attrs[0]) and n.dtype.str[1:] in _bits: # 0, as bits
+        if n.size>=2048 and n.args[2].op=='const' and not any(n.args[2].attrs[0]) and n.dtype.str[1:] in _bits: # 0, as bits: no branches
             return f"{use('multiply')}({args[1]}.view('{_bits[n.dtype.str[1:]]}'), {args[0]}, {out}.view('{_bits[n.dtype.str[1:]]}'))"
         return f"{use('copyto')}({out}, {args[2]}); copyto({out}, {args[1]}, where={args[0]})"
     if n.op=='erf':    return f"{use('copyto')}({out}, {use('erf', Erf().compute)}({a}))"
