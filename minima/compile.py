@@ -9,7 +9,7 @@ __all__ = ['apart', 'ctypes_of', 'header', 'products_source', 'pool_source', 'Lo
            'Jit', 'step_text', 'jit', 'derivatives', 'compiled_mark', 'compiled_marks']
 
 # %% ../nbs/22_compile.ipynb #c003
-import ctypes, functools, hashlib, math, os, platform, re, shutil, subprocess, sys, threading, warnings
+import ctypes, functools, hashlib, itertools, math, os, platform, re, shutil, subprocess, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from math import prod as product
 from pathlib import Path
@@ -1231,6 +1231,7 @@ def _intact(lib):
     try: return hashlib.sha256(lib.read_bytes()).hexdigest()==Path(f'{lib}.sum').read_text()
     except OSError: return False
 
+_made = itertools.count()
 def make(
     source:str, # a text in C
     fast=False, # as for `jit`
@@ -1238,7 +1239,7 @@ def make(
     "Begin to compile a text"
     command,lib = library(source, fast)
     if _intact(lib): return None,lib
-    new = lib.with_suffix(f'.{os.getpid()}.{threading.get_ident()}') # renamed when it is whole, so that two processes can do this at the same time
+    new = lib.with_suffix(f'.{os.getpid()}.{next(_made)}') # renamed when it is whole, so that two processes can do this at the same time
     Path(f'{new}.c').write_text(source)
     shell = ['sh', '-c', _shell, 'sh', new, lib, sys.executable or 'python3', _keep, *command]
     return subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True),lib

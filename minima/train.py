@@ -812,10 +812,16 @@ class CSVLogger(Callback):
     def __init__(self,
         path='history.csv', # of the file
     ): self.path = Path(path)
-    def after_epoch(self):
+    def before_fit(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(self.path)
+    def after_epoch(self):
         rows = [self.recorder.names, *self.recorder.values]
         atomic_write({self.path: ''.join(','.join(map(str, r))+'\n' for r in rows).encode()})
+
+def _sweep(path):
+    "Remove what a run has left that was killed while it wrote"
+    for f in path.parent.glob(f'.{escape(path.name)}.*.part'): f.unlink(missing_ok=True)
 
 # %% ../nbs/34_train.ipynb #c089
 def _generators(model):
@@ -904,7 +910,7 @@ class CheckpointCallback(Callback):
     ): self.path,self.every,self.resume = Path(path),every,resume
     def before_fit(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for f in self.path.parent.glob(f'.{escape(self.path.name)}.*.part'): f.unlink() # of a run that was killed while writing
+        _sweep(self.path)
         if not self.resume or not self.path.exists(): return
         state = load_file(self.path)
         try: self.learn.resume(state)

@@ -637,6 +637,10 @@ def test_a_short_script_leaves_its_program_for_the_next(tmp_path):
         time.sleep(.1)
     assert use(backend='auto', MINIMA_CACHE=str(tmp_path/'d'))[:2]==(0, '[2.0, 4.0] c')
 
+def test_one_text_is_built_twice_at_once(tmp_path):
+    more = 'g = jit(lambda x: x*2 + 0, backend="auto"); g(Tensor([1.,2.])); f.wait(); g.wait(); print(*[e.backend for h in (f,g) for e in h.programs.values()])'
+    assert use(backend='auto', more=more, MINIMA_CACHE=str(tmp_path/'g'))[1].splitlines()[1]=='c c'
+
 def test_background(tmp_path):
     assert use(backend='auto', more='f.wait(); print(f(Tensor([2.,2.])).tolist(), *[e.backend for e in f.programs.values()])', MINIMA_CACHE=str(tmp_path/'e'))[1].splitlines()==['[2.0, 4.0] numpy', '[4.0, 4.0] c']
 

@@ -89,6 +89,7 @@ def test_killed_while_writing(moment, tmp_path, unbroken):
     position = whole(tmp_path)
     assert (position is None)==(moment=='fsync 1')
     assert bool([f for f in os.listdir(tmp_path) if f.endswith('.part')])==moment.startswith('fsync')
+    (tmp_path/'.history.csv.1.part').write_text('') # as if it had been killed there as well
     assert finish(tmp_path)[0]==0
     check_end(tmp_path, unbroken)
 

@@ -21,6 +21,7 @@ __all__ = ['add', 'add_scalar', 'multiply', 'mul_scalar', 'negate', 'subtract', 
 
 # %% ../../nbs/11_elementwise.ipynb #c003
 from numbers import Number
+from functools import lru_cache
 import math, operator
 import numpy as np
 from fastcore.basics import patch
@@ -832,9 +833,14 @@ def softplus(
 Tensor.softplus = softplus
 
 # %% ../../nbs/11_elementwise.ipynb #c156
-_grid = np.arange(-6*1024, 6*1024+1)/1024
-_erf_there,_slope_there = np.array([math.erf(x) for x in _grid]),2/math.sqrt(math.pi)*np.exp(-_grid*_grid)
-_erf_there[6*1024] = -0. # to which -0. can be added
+@lru_cache(None)
+def _erf_table():
+    "erf and its slope at the multiples of 1/1024 from -6 to 6; made when it is first needed"
+    x = np.arange(-6*1024, 6*1024+1)/1024
+    there = np.array([math.erf(t) for t in x])
+    there[6*1024] = -0. # to which -0. can be added
+    return there,2/math.sqrt(math.pi)*np.exp(-x*x)
+
 _artanh_erf = (1.418487722e-07, -5.668411386e-06, 8.763690686e-05, -6.197834584e-04, -1.918323023e-04, 1.027690565e-01, 1.128379274)
 
 # %% ../../nbs/11_elementwise.ipynb #c157
@@ -853,7 +859,8 @@ def _erf_from_table(x):
     d -= s; s *= d; e = d*d
     q = s*-.5; q -= e*.1; q += 1/3; q *= e
     y = s*(-1/3); y += 2/3; y *= s; y -= 1; y *= s; y += 1; y -= q; y *= d
-    y *= space.take(space.asarray(_slope_there), k); y += space.take(space.asarray(_erf_there), k)
+    there,slope = map(space.asarray, _erf_table())
+    y *= space.take(slope, k); y += space.take(there, k)
     return space.reshape(y, x.shape)
 
 # %% ../../nbs/11_elementwise.ipynb #c158
