@@ -668,11 +668,16 @@ class _Bare(Exception):
         e.__dict__.update(state)
         return e
 
+def _survives(e):
+    "Does an exception come out of pickle again? Its class decides, and may raise anything at that"
+    try: pickle.loads(pickle.dumps(e))
+    except Exception: return False
+    return True
+
 def _portable(e):
     "`e`, or the most of it that can be sent to another process"
-    for f in (lambda: e, lambda: _Bare(type(e), e.args, vars(e)), lambda: _Bare(type(e), (str(e),), {})):
-        try: pickle.loads(pickle.dumps(f())); return f()
-        except Exception: pass
+    for form in (lambda: e, lambda: _Bare(type(e), e.args, vars(e)), lambda: _Bare(type(e), (str(e),), {})):
+        if _survives(f := form()): return f
     return RuntimeError(f'{type(e).__name__}: {e}')
 
 # %% ../nbs/33_data.ipynb #c145

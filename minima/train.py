@@ -718,11 +718,11 @@ def _compiled(self:Learner):
         def happen(event, within):
             for f,inside in calls[event]:
                 if inside==within: f()
-        def outside(xb, yb, *events):
+        def outside(*events):
             before = self.pred,self.loss,self.loss_grad
             for e in events: happen(e, False)
             if any(a is not b for a,b in zip(before, (self.pred,self.loss,self.loss_grad))):
-                raise RuntimeError(f"Learner: with jit, a callback has changed the predictions or the loss after they were computed; name the event in its `inside`, or leave out jit")
+                raise RuntimeError("Learner: with jit, a callback has changed the predictions or the loss after they were computed; name the event in its `inside`, or leave out jit")
         def forward(xb, yb):
             self.pred = self.model(*xb);                happen('after_pred', True)
             self.loss = self.loss_func(self.pred, *yb); happen('after_loss', True)
@@ -743,13 +743,14 @@ def _compiled(self:Learner):
             self.pred,self.loss = learn(xb, yb)
             self.loss_grad = self.loss
             if divided:
-                outside(xb, yb, *_within[:3])
+                outside(*_within[:3])
                 self('before_step')
                 update()
             self('after_step')
         def evaluate(xb, yb):
             self.pred,self.loss = judge(xb, yb)
-            outside(xb, yb, *_within[:2])
+            self.loss_grad = None
+            outside(*_within[:2])
         self._programs = step,evaluate
     return self._programs
 
